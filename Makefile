@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+# `make help` lists the targets. PYTHON: the interpreter .venv is made with (3.11 or newer).
+# SYSTEM_PYTHON and PREFIX: what `make install` uses.
+SYSTEM_PYTHON ?= /usr/bin/python3
+PREFIX ?= /usr/local
+
+export PYTHON
+BIN := .venv/bin
+RUN := tools/as user $(BIN)/python -m
+CAPTURE := tests/data/golden/intel-6.1-tss.kvmprobe
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test check lint types unit live packaging coverage bench lock \
+	install uninstall clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+
+setup: ## Install missing Debian packages (asks sudo), make .venv with everything in it
+	@tools/setup
+
+demo: setup ## Record this host's KVM with a tiny guest as the load, then analyze; then a real capture with the fault
+	@tools/demo $(CAPTURE)
+
+test: setup unit live packaging ## Run all tests (live ones as root: asks sudo)
+
+check: lint types unit ## Lint, types and unit tests: what to run before a commit, within 3 minutes
+
+lint: setup ## Run ruff: rules and format
+	@tools/stage lint $(RUN) ruff check .
+	@tools/stage format $(RUN) ruff format --check .
+
+types: setup ## Run mypy --strict on the program and on its tests
+	@tools/stage types $(RUN) mypy -p kvmprobe
+	@tools/stage 'types of tests' $(RUN) mypy tests
+
+unit: setup ## Run the tests that need neither root nor KVM
+	@tools/stage unit $(RUN) pytest -rs tests/unit
+
+live: setup ## Run the tests that record this machine's KVM (as root: asks sudo)
+	@tools/stage live tools/live
+
+packaging: setup ## Build sdist and wheel and try the wheel outside the checkout
+	@tools/stage packaging $(RUN) pytest -rs tests/packaging
+
+coverage: setup ## Run the unit tests and show which lines they leave out
+	@$(RUN) pytest --cov tests/unit
+
+bench: setup ## Measure drain, detector and start-up on this machine (as root: asks sudo)
+	@tools/as root $(BIN)/python -m bench
+
+lock: setup ## Write the locks anew; ARGS=--upgrade takes the newest versions
+	@tools/as user tools/lock $(ARGS)
+
+install: setup ## Install for everybody: PREFIX/lib/kvmprobe, PREFIX/bin/kvmprobe (asks sudo)
+	@$(RUN) build --no-isolation --outdir dist . >/dev/null
+	@tools/as root tools/install $(PREFIX) $(SYSTEM_PYTHON) dist/kvmprobe-*.whl
+	@echo "installed; next: sudo kvmprobe record -d 30"
+
+uninstall: ## Remove what `make install` installed (asks sudo)
+	@tools/as root rm -rf $(PREFIX)/lib/kvmprobe $(PREFIX)/bin/kvmprobe
+
+clean: ## Remove what make and the tools put into the checkout
+	@rm -rf .venv build dist *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis demo.kvmprobe
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
