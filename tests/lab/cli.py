@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""`python tests/lab`: boot one of Debian's kernels and run a command in it."""
+
+import argparse
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+from lab.base import CHECKOUT, LabError, say
+from lab.kernels import RELEASES, get_kernel, parse_spec
+from lab.qemu import qemu_command
+from lab.rootfs import get_root
+from lab.vm import Job, run_job, show_tail
+
+_EMULATORS = {"amd": qemu_command}
+
+
+def main() -> int:
+    """Run the command line; return the exit status: that of the command in the VM, or 1."""
+    arguments = _parser().parse_args()
+    try:
+        return int(arguments.function(arguments))
+    except LabError as error:
+        say(f"error: {error}")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tests/lab", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser(
+        "run",
+        help="boot a kernel and run a shell command in it",
+        description="Boot a kernel and run a shell command in it, as root, in /out. The current "
+        "checkout's kvmprobe is in /opt/kvmprobe (`kvmprobe` and /opt/venv/bin/python use it). "
+        "Ends with the command's status.",
+    )
+    run.set_defaults(function=_run)
+    run.add_argument("--kernel", default="6.1", help=f"{', '.join(RELEASES)} or RELEASE/PACKAGE")
+    run.add_argument("--vendor", default="amd", choices=sorted(_EMULATORS))
+    run.add_argument("--root", help="Debian release of the root disk (default: the kernel's)")
+    run.add_argument("--command", help="bash script to run; else what follows --")
+    run.add_argument("--code", type=Path, default=CHECKOUT, help="checkout to run (default: this)")
+    run.add_argument(
+        "--add", action="append", default=[], metavar="NAME=PATH", help="bring PATH as /lab/NAME"
+    )
+    run.add_argument("--append", default="", help="more kernel options: 'kvm.mmio_caching=0'")
+    run.add_argument("--results", type=Path, help="folder for out/, output, serial.log")
+    run.add_argument("--processors", type=int, default=2)
+    run.add_argument("--memory", type=int, default=2048, help="MiB")
+    run.add_argument("--limit", type=float, default=600.0, help="seconds of wall time")
+    run.add_argument("words", nargs="*", metavar="COMMAND", help="command and arguments, after --")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    command = arguments.command or shlex.join(arguments.words)
+    if not command:
+        raise LabError("no command; give --command 'SCRIPT' or -- COMMAND")
+    extra = {}
+    for item in arguments.add:
+        name, equals, path = item.partition("=")
+        if not equals:
+            raise LabError(f"--add {item}: write NAME=PATH")
+        extra[name] = Path(path)
+    kernel = get_kernel(arguments.kernel)
+    job = Job(
+        kernel=kernel,
+        root=get_root(arguments.root or parse_spec(arguments.kernel)[0]),
+        vendor=arguments.vendor,
+        command=command,
+        code=arguments.code.resolve(),
+        extra=extra,
+        kernel_options=tuple(arguments.append.split()),
+        processors=arguments.processors,
+        memory=arguments.memory,
+        limit=arguments.limit,
+    )
+    results = arguments.results or Path(tempfile.mkdtemp(prefix="kvmprobe-lab-"))
+    say(f"booting {kernel.release} ({kernel.package_version}) on {arguments.vendor}")
+    try:
+        outcome = run_job(job, _EMULATORS[arguments.vendor], results)
+    except LabError:
+        serial = results / "serial.log"
+        if serial.exists():
+            show_tail(serial)
+        raise
+    sys.stdout.write(outcome.output)
+    sys.stdout.flush()
+    say(f"status {outcome.status} after {outcome.seconds:.0f} s; results in {results}")
+    return outcome.status

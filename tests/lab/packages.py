@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""Packages of any Debian release, through apt with lists of its own.
+
+The machine's package lists, state and preferences are neither read nor changed.
+"""
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.base import LabError, MissingError, cache_dir, find_program, run_program
+from lab.mirror import KEYRING, read_mirror
+
+_LISTS_KEPT_SECONDS = 24 * 3600
+_PRINTED = re.compile(r"^'(?P<uri>[^']+)' (?P<file>\S+) \d+ SHA256:(?P<sha>[0-9a-f]{64})", re.M)
+
+
+@dataclass(frozen=True)
+class Package:
+    """One binary package of an exact version; `depends` holds (name, exact version or None)."""
+
+    name: str
+    version: str
+    depends: tuple[tuple[str, str | None], ...]
+
+
+class Release:
+    """The packages of one Debian release: "bookworm", "trixie", "sid"."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._root = cache_dir() / "apt" / name
+
+    def _options(self) -> list[str]:
+        root = self._root
+        values = {
+            "Dir::Etc::sourcelist": root / "sources.list",
+            "Dir::Etc::sourceparts": "/dev/null",
+            "Dir::Etc::preferences": "/dev/null",
+            "Dir::Etc::preferencesparts": "/dev/null",
+            "Dir::State": root / "state",
+            "Dir::State::lists": root / "lists",
+            "Dir::State::status": root / "status",
+            "Dir::Cache": root / "cache",
+            "APT::Architecture": "amd64",
+            "APT::Architectures": "amd64",
+            "APT::Sandbox::User": "root",
+            "Acquire::Languages": "none",
+            "Acquire::Retries": "3",
+        }
+        return [part for key, value in values.items() for part in ("-o", f"{key}={value}")]
+
+    def refresh(self, *, force: bool = False) -> None:
+        """Fetch the release's package lists unless those in the cache are from today.
+
+        Lists that can't be fetched are an error only when there are none at all.
+        """
+        stamp = self._root / "fetched"
+        if not force and stamp.exists():
+            if time.time() - stamp.stat().st_mtime < _LISTS_KEPT_SECONDS:
+                return
+        if not KEYRING.exists():
+            raise MissingError(f"{KEYRING} is missing; apt-get install debian-archive-keyring")
+        for folder in ("lists/partial", "state", "cache/archives/partial"):
+            (self._root / folder).mkdir(parents=True, exist_ok=True)
+        (self._root / "status").touch()
+        (self._root / "sources.list").write_text(read_mirror().sources(self.name))
+        try:
+            run_program([find_program("apt-get", "apt"), *self._options(), "-q", "update"])
+        except LabError as error:
+            if not stamp.exists():
+                raise MissingError(f"no package lists of {self.name}: {error}") from None
+            return
+        stamp.touch()
+
+    def show(self, name: str, version: str | None = None) -> Package:
+        """Return a package's exact version and its dependencies.
+
+        Raises MissingError when the release doesn't hold it (any more).
+        """
+        self.refresh()
+        wanted = f"{name}={version}" if version else name
+        command = [find_program("apt-cache", "apt"), *self._options()]
+        try:
+            text = run_program([*command, "show", "--no-all-versions", wanted])
+        except LabError:
+            raise MissingError(f"{self.name} on the mirror holds no package {wanted}") from None
+        fields = dict(re.findall(r"^([A-Za-z-]+): (.*)$", text, re.M))
+        return Package(name, fields["Version"], tuple(_parse_depends(fields.get("Depends", ""))))
+
+    def fetch(self, package: Package) -> Path:
+        """Return the package's file, downloaded (and its hash checked, by apt) if need be."""
+        wanted = f"{package.name}={package.version}"
+        command = [find_program("apt-get", "apt"), *self._options(), "-q"]
+        match = _PRINTED.search(run_program([*command, "download", "--print-uris", wanted]))
+        if match is None:
+            raise LabError(f"apt names no file for {wanted}; try again with --refresh")
+        folder = cache_dir() / "debs" / match["sha"][:16]
+        path = folder / match["file"]
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                run_program([*command, "download", wanted], cwd=folder)
+            except LabError as error:
+                raise MissingError(f"{wanted} could not be downloaded: {error}") from None
+        return path
+
+
+def _parse_depends(field: str) -> list[tuple[str, str | None]]:
+    """Return (name, exact version or None) of each dependency's first alternative."""
+    found = []
+    for clause in field.split(","):
+        match = re.match(r"\s*([a-z0-9][a-z0-9+.-]*)(?::\w+)?\s*(?:\(= ([^)]+)\))?", clause)
+        if match:
+            found.append((match[1], match[2]))
+    return found
