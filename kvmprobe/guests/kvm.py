@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The part of KVM's ioctl interface that a tiny VMM needs: numbers, structs, and calls with clear errors.
+"""The part of KVM's ioctl interface that a tiny VMM needs: numbers, structs, clear errors.
 
 Everything here restates the ABI of <linux/kvm.h> on x86-64, which never changes; a test compares it
 with that header.
@@ -176,10 +176,8 @@ def call(fd: int, request: int, argument: int | bytes | Structure, what: str) ->
                 code = ctypes.get_errno()
                 raise OSError(code, os.strerror(code))
             return result
-        if isinstance(argument, bytes):
-            fcntl.ioctl(fd, request, argument)
-            return 0
-        return fcntl.ioctl(fd, request, argument, True)
+        fcntl.ioctl(fd, request, argument)
+        return 0
     except OSError as error:
         raise GuestError(f"KVM can't {what}: {error.strerror}") from error
 
@@ -193,7 +191,8 @@ def open_device() -> int:
         fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         raise GuestError(
-            f"{DEVICE} does not exist: load kvm_intel or kvm_amd, or turn on virtualization in the firmware"
+            f"{DEVICE} does not exist: load kvm_intel or kvm_amd, "
+            "or turn on virtualization in the firmware"
         ) from None
     except PermissionError:
         raise GuestError(f"{DEVICE} may not be opened: run as root or join the group kvm") from None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A load with known counts: a guest that does MMIO, port I/O and RAM accesses at a chosen rate.
 
-    python -m kvmprobe.guests.load --seconds 2 --rate 1000
+python -m kvmprobe.guests.load --seconds 2 --rate 1000
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ class Mix:
 
 @dataclass
 class Counts:
-    """What the VMM saw the guest do; port I/O in units, so a byte of a string instruction is one."""
+    """What the VMM saw the guest do.
+
+    MMIO counts exits: one an access, but KVM writes the bytes of a REP INSB into the hole in pieces
+    of 8.  Port I/O counts units: a byte of a string instruction is one.
+    """
 
     mmio_reads: int = 0
     mmio_writes: int = 0
@@ -206,9 +210,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Run a guest that does MMIO, port I/O and RAM accesses, and count them.",
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="how long (default 2)")
-    parser.add_argument("--rate", type=float, help="accesses a second and vCPU; full speed if absent")
+    parser.add_argument(
+        "--rate", type=float, help="accesses a second and vCPU; full speed if absent"
+    )
     parser.add_argument("--vcpus", type=int, default=1, help=f"1 to {MAX_VCPUS} (default 1)")
-    parser.add_argument("--flips", type=float, help="toggle a memslot at the MMIO page, times a second")
+    parser.add_argument(
+        "--flips", type=float, help="toggle a memslot at the MMIO page, times a second"
+    )
     for field in fields(Mix):
         option = "--" + field.name.replace("_", "-")
         what = "how often, or bytes, of one round"

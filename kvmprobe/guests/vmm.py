@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
 import os
 import signal
@@ -13,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fcntl import ioctl
 from types import TracebackType
 
 from kvmprobe.errors import GuestError
@@ -142,7 +142,7 @@ class Vcpu:
     def run(self) -> int:
         """Enter the guest once; the exit reason, INTR if a signal or `interrupt` ended it."""
         try:
-            fcntl.ioctl(self.fd, kvm.RUN, 0)
+            ioctl(self.fd, kvm.RUN)
         except InterruptedError:
             return ExitReason.INTR
         except OSError as error:
