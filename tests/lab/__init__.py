@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The lab: Debian's own kernels, booted without KVM hardware, with kvmprobe inside (docs/lab.md)."""
+"""The lab: Debian's own kernels without KVM hardware, kvmprobe inside (docs/lab.md)."""

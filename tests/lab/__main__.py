@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""`python tests/lab …`: puts the folder `tests` on the path so that the package is `lab`."""
+"""`python tests/lab …`, from any folder: the same as `python -m tests.lab …` in the checkout."""
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from lab.cli import main  # noqa: E402
+from tests.lab.cli import main  # noqa: E402
 
 sys.exit(main())

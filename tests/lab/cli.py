@@ -7,13 +7,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lab.base import CHECKOUT, LabError, say
-from lab.kernels import RELEASES, get_kernel, parse_spec
-from lab.qemu import qemu_command
-from lab.rootfs import get_root
-from lab.vm import Job, run_job, show_tail
+from tests.lab.base import CHECKOUT, LabError, say
+from tests.lab.bochs import bochs_command
+from tests.lab.kernels import RELEASES, get_kernel, parse_spec
+from tests.lab.qemu import qemu_command
+from tests.lab.rootfs import get_root
+from tests.lab.vm import Job, run_job, show_tail
 
-_EMULATORS = {"amd": qemu_command}
+_EMULATORS = {"amd": qemu_command, "intel": bochs_command}
 
 
 def main() -> int:

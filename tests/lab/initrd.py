@@ -5,8 +5,8 @@ import gzip
 import shutil
 from pathlib import Path
 
-from lab.base import MissingError, built, cache_dir, content_key, find_program, run_program
-from lab.kernels import BOOT_MODULES, Kernel
+from tests.lab.base import MissingError, built, cache_dir, content_key, find_program, run_program
+from tests.lab.kernels import BOOT_MODULES, Kernel
 
 # The root disk is the first one, the run's own the second; where they end up in /dev is the
 # kernel's choice, so each is told by what it holds.

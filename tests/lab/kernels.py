@@ -6,8 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.base import LabError, built, cache_dir, content_key, find_program, run_program, say
-from lab.packages import Package, Release
+from tests.lab.base import LabError, built, cache_dir, content_key, find_program, run_program, say
+from tests.lab.packages import Package, Release
 
 RELEASES = {"6.1": "bookworm", "6.12": "trixie", "7.2": "sid"}
 META_PACKAGE = "linux-image-amd64"
@@ -104,9 +104,7 @@ def parse_spec(spec: str) -> tuple[str, str, str | None]:
 def _resolve(release: Release, package: Package) -> list[Package]:
     """Follow the image package to those that hold files; the last one is the image proper."""
     parts = [
-        release.show(name, version)
-        for name, version in package.depends
-        if name.startswith(_PARTS)
+        release.show(name, version) for name, version in package.depends if name.startswith(_PARTS)
     ]
     if not parts:
         return [package]

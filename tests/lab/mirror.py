@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.base import MissingError, find_program, run_program
+from tests.lab.base import MissingError, find_program, run_program
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 

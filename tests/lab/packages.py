@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.base import LabError, MissingError, cache_dir, find_program, run_program
-from lab.mirror import KEYRING, read_mirror
+from tests.lab.base import LabError, MissingError, cache_dir, find_program, run_program
+from tests.lab.mirror import KEYRING, read_mirror
 
 _LISTS_KEPT_SECONDS = 24 * 3600
 _PRINTED = re.compile(r"^'(?P<uri>[^']+)' (?P<file>\S+) \d+ SHA256:(?P<sha>[0-9a-f]{64})", re.M)
@@ -57,9 +57,9 @@ class Release:
         Lists that can't be fetched are an error only when there are none at all.
         """
         stamp = self._root / "fetched"
-        if not force and stamp.exists():
-            if time.time() - stamp.stat().st_mtime < _LISTS_KEPT_SECONDS:
-                return
+        age = time.time() - stamp.stat().st_mtime if stamp.exists() else float("inf")
+        if not force and age < _LISTS_KEPT_SECONDS:
+            return
         if not KEYRING.exists():
             raise MissingError(f"{KEYRING} is missing; apt-get install debian-archive-keyring")
         for folder in ("lists/partial", "state", "cache/archives/partial"):

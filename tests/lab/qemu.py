@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """AMD hosts: QEMU's own emulation (TCG) of SVM with nested paging; needs no /dev/kvm."""
 
-from lab.base import find_program
-from lab.vm import Boot
+from tests.lab.base import find_program
+from tests.lab.vm import Boot
 
 # Quick, and with a verdict of its own on every fault: panic=-1 ends the VM at once (-no-reboot).
 _KERNEL_OPTIONS = (

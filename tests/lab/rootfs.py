@@ -7,7 +7,7 @@ import shutil
 import tomllib
 from pathlib import Path
 
-from lab.base import (
+from tests.lab.base import (
     CHECKOUT,
     LabError,
     MissingError,
@@ -18,8 +18,8 @@ from lab.base import (
     run_program,
     say,
 )
-from lab.mirror import KEYRING, read_mirror
-from lab.packages import Release
+from tests.lab.mirror import KEYRING, read_mirror
+from tests.lab.packages import Release
 
 # What a user of kvmprobe installs, and what the lab's own scripts call in the VM.
 PACKAGES = ("python3", "python3-venv", "python3-bpfcc", "kmod", "busybox-static", "procps")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab.base import (
+from tests.lab.base import (
     CHECKOUT,
     LabError,
     cache_dir,
@@ -20,9 +20,9 @@ from lab.base import (
     run_program,
     say,
 )
-from lab.initrd import get_initrd
-from lab.kernels import Kernel
-from lab.rootfs import make_disk
+from tests.lab.initrd import get_initrd
+from tests.lab.kernels import Kernel
+from tests.lab.rootfs import make_disk
 
 _INIT = Path(__file__).with_name("init.sh")
 _ROOMS = ("kvmprobe", "probes", "analysis")
