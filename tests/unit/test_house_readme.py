@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: MIT
+"""What README.md shows is what the program does, and what the pages point at is there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PROGRAM = "import sys; from kvmprobe.cli.main import main; sys.exit(main())"
+
+
+def shown(command: str) -> str:
+    """What README.md shows behind `$ command` in a console block of its own."""
+    text = (ROOT / "README.md").read_text()
+    block = re.search(rf"```console\n\$ {re.escape(command)}\n(.*?)```", text, re.S)
+    assert block is not None, f"README.md does not show {command!r}"
+    return block[1]
+
+
+def test_the_finding_shown_is_what_analyze_prints() -> None:
+    command = "kvmprobe analyze tests/data/golden/intel-6.1-tss.kvmprobe"
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *shlex.split(command)[1:]],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert shown(command) == run.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page: str) -> None:
+    text = (ROOT / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / link).exists()] == []
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"(?:^\$ |`)make ([a-z]+)\b", text, re.M))
+    assert [t for t in targets if not re.search(rf"^{t}:", makefile, re.M)] == []
