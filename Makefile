@@ -48,13 +48,15 @@ coverage: setup ## Run the unit tests and show which lines they leave out
 	@$(RUN) pytest --cov tests/unit
 
 bench: setup ## Measure drain, detector and start-up on this machine (as root: asks sudo)
-	@tools/as root $(BIN)/python -m bench
+	@tools/as root $(BIN)/python -m tests.bench
 
 lock: setup ## Write the locks anew; ARGS=--upgrade takes the newest versions
 	@tools/as user tools/lock $(ARGS)
 
 install: setup ## Install for everybody: PREFIX/lib/kvmprobe, PREFIX/bin/kvmprobe (asks sudo)
-	@$(RUN) build --no-isolation --outdir dist . >/dev/null
+	@tools/as root true
+	@rm -rf dist
+	@$(RUN) build --quiet --no-isolation --outdir dist .
 	@tools/as root tools/install $(PREFIX) $(SYSTEM_PYTHON) dist/kvmprobe-*.whl
 	@echo "installed; next: sudo kvmprobe record -d 30"
 
