@@ -51,3 +51,28 @@ def test_make_help_lists_every_target() -> None:
     run = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = re.findall(r"^  make (\w+) +\S", run.stdout, re.M)
     assert sorted(listed) == sorted(phony[1].replace("\\\n", " ").split())
+
+
+def test_stage_keeps_the_status_of_its_command() -> None:
+    run = subprocess.run(
+        ["tools/stage", "name", "sh", "-c", "echo out; exit 3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 3
+    assert re.fullmatch(r"== name\nout\n== name: \d+ s\n", run.stdout)
+
+
+def test_python_too_old_is_refused_in_one_line() -> None:
+    run = subprocess.run(
+        ["tools/python"],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": "/bin/false"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines() == [
+        "no Python 3.11 or newer (tried /bin/false): set PYTHON=/path/to/python3"
+    ]
