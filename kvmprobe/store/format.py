@@ -36,8 +36,8 @@ from kvmprobe.probes import schema
 KEY = b"kvmprobe"
 KEY_CRC = b"kvmprobe.crc32"
 
-#: Most rows in a batch: 16 MiB of ring.  A reader needs no more memory than that.
-MAX_ROWS = 1 << 18
+#: Most rows in a batch, 7 MiB of events: what a writer and a reader need memory for.
+MAX_ROWS = 1 << 17
 #: Most bytes of a message's metadata; the header is in one.
 MAX_METADATA = 4 << 20
 #: A message begins with this, then the length of its metadata: 0 for the end mark.

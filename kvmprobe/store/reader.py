@@ -341,7 +341,7 @@ class CaptureReader:
         """The next offset at which a whole batch or the end mark stands; messages are aligned."""
         for window in range(start - start % 8, self._size, _WINDOW):
             data = os.pread(self._fd, _WINDOW, window)
-            words = np.frombuffer(data, "<u4", len(data) // 8 * 2)
+            words = np.frombuffer(data[: len(data) // 8 * 8], "<u4")
             plausible = (words[::2] == 0xFFFFFFFF) & (words[1::2] <= fmt.MAX_METADATA)
             for at in np.flatnonzero(plausible):
                 offset = window + int(at) * 8

@@ -24,6 +24,7 @@ from kvmprobe.store.files import create_file, write_error
 if TYPE_CHECKING:
     import pyarrow
 
+_TYPE = tuple(fmt.CODES).index("type")
 #: Most LOSS events in a batch: they are repeated in its metadata, which is bounded.
 _MAX_LOSSES = 1 << 14
 _SYNC_SECONDS = 1.0
@@ -58,7 +59,7 @@ class CaptureWriter:
         )
         # A rehearsal, thrown away, takes the first-time costs of Arrow's conversion and lz4.
         rehearsal = _Encoder(arrow)
-        rehearsal.batch([c[:1] for c in self._columns], {fmt.KEY: b"{}"})
+        rehearsal.batch(self._columns, {fmt.KEY: b"{}"})
         rehearsal.end()
 
         self.path = Path(path)
@@ -96,13 +97,11 @@ class CaptureWriter:
     def write(self, rows: NDArray[Any]) -> None:
         """Append events, dtype `schema.EVENT`, shape (n,), as one record batch.
 
-        More than 262144 events become several batches; none, no batch.  Raises CaptureError when
-        they can't be written; what was written before stays readable.
+        More than `format.MAX_ROWS` events become several batches; none, no batch.  Raises
+        CaptureError when they can't be written; what was written before stays readable.
         """
-        losses = int(np.count_nonzero(rows["type"] == schema.Type.LOSS))
-        step = fmt.MAX_ROWS if losses <= _MAX_LOSSES else _MAX_LOSSES
-        for start in range(0, len(rows), step):
-            self._write_batch(rows[start : start + step])
+        for start in range(0, len(rows), fmt.MAX_ROWS):
+            self._write_batch(rows[start : start + fmt.MAX_ROWS])
 
     def _write_batch(self, rows: NDArray[Any]) -> None:
         if self._failure is not None:
@@ -111,13 +110,18 @@ class CaptureWriter:
         columns = [column[:count] for column in self._columns]
         for name, column in zip(fmt.CODES, columns, strict=True):
             column[:] = rows[name]
+        lost = rows[columns[_TYPE] == schema.Type.LOSS]
+        if len(lost) > _MAX_LOSSES:
+            self._write_batch(rows[: count // 2])
+            self._write_batch(rows[count // 2 :])
+            return
         text = json.dumps(
             {
                 "index": self._batches,
                 "first": self.events,
                 "events": count,
                 "crc32": [zlib.crc32(column.data) for column in columns],
-                "losses": _losses(rows),
+                "losses": [_loss(row) for row in lost],
             },
             separators=(",", ":"),
         ).encode()
@@ -155,8 +159,8 @@ class CaptureWriter:
         finally:
             os.close(self._fd)
 
-    def _append(self, data: bytes) -> None:
-        rest = memoryview(data)
+    def _append(self, data: memoryview) -> None:
+        rest = data
         try:
             while rest:
                 rest = rest[os.write(self._fd, rest) :]
@@ -209,44 +213,46 @@ class _Encoder:
     def end(self) -> None:
         self._stream.close()
 
-    def take(self) -> bytes:
-        """The bytes made since the last call."""
-        data = b"".join(self._sink.parts)
-        self._sink.parts.clear()
-        return data
+    def take(self) -> memoryview:
+        """The bytes made since the last call; good until the next."""
+        return self._sink.take()
 
 
 class _Sink:
-    """A file for Arrow to write to that keeps what it is given."""
+    """A file for Arrow to write to, in memory that is there from the beginning."""
 
     closed = False
 
     def __init__(self) -> None:
-        self.parts: list[bytes] = []
+        # lz4 lets incompressible bytes grow by less than 1 in 56.
+        self._data = bytearray(b"\xff") * (fmt.MAX_ROWS * 57 + fmt.MAX_METADATA)
+        self._used = 0
 
     def write(self, data: bytes) -> int:
-        self.parts.append(bytes(data))
+        end = self._used + len(data)
+        self._data[self._used : end] = data
+        self._used = end
         return len(data)
+
+    def take(self) -> memoryview:
+        used, self._used = self._used, 0
+        return memoryview(self._data)[:used]
 
     def flush(self) -> None:
         """Nothing to do: nothing is buffered."""
 
     def close(self) -> None:
-        """Nothing to do: the parts stay."""
+        """Nothing to do: the memory stays."""
 
 
-def _losses(rows: NDArray[Any]) -> list[dict[str, Any]]:
-    """What the LOSS events among `rows` say, by name where there is one."""
-    lost = rows[rows["type"] == schema.Type.LOSS]
-    return [
-        {
-            "observation": _name(schema.Type, int(row["kind"])),
-            "cpu": int(row["aux"]),
-            "cause": _name(schema.LossCause, int(row["len"])),
-            "records": int(row["addr"]),
-        }
-        for row in lost
-    ]
+def _loss(row: np.void) -> dict[str, Any]:
+    """What a LOSS event says, by name where there is one."""
+    return {
+        "observation": _name(schema.Type, int(row["kind"])),
+        "cpu": int(row["aux"]),
+        "cause": _name(schema.LossCause, int(row["len"])),
+        "records": int(row["addr"]),
+    }
 
 
 def _name(enum: type[schema.Type] | type[schema.LossCause], value: int) -> str:

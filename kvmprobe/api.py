@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: MIT
+"""The Python API: `kvmprobe.open` for captures, `kvmprobe.stream` for the live host."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmprobe.errors import CaptureError
+from kvmprobe.probes import schema
+from kvmprobe.store.reader import CaptureReader, Damage
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Most events that become one DataFrame without a limit: about 1.4 GB.
+MAX_FRAME_EVENTS = 20_000_000
+
+#: A time: ns since the recording began, or a moment (UTC where it names no zone).
+When = int | str | datetime
+
+
+def open(path: str | os.PathLike[str]) -> Capture:
+    """Open the capture at `path`; raises CaptureError when it can't be read."""
+    return Capture(path)
+
+
+def stream(duration: float | None = None, pid: int | None = None) -> Iterator[pd.DataFrame]:
+    """Record this host's KVM and yield each batch as a DataFrame, as `Capture.events` gives it.
+
+    `duration` is in seconds (None: until the iteration is ended); `pid` records one process only.
+    Needs root.  Raises HostError when the host can't be recorded.
+    """
+    from kvmprobe.capture.recorder import live_batches
+    from kvmprobe.frames import events_frame
+
+    for header, rows in live_batches(duration=duration, pid=pid):
+        yield events_frame(schema.columns(rows), header)
+
+
+class Capture:
+    """A capture opened for reading: a context.
+
+    After each method that reads events, `damaged`, `truncated` and `unknown_events` say what of
+    the file could not be read; the methods that return a DataFrame warn of it too.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open `path`; raises CaptureError."""
+        self._reader = CaptureReader(path)
+
+    def __repr__(self) -> str:
+        return f"<kvmprobe capture {str(self.path)!r}, started {self.header['started']}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._reader.path
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The capture's header: the keys of docs/design.md, all present."""
+        return self._reader.header
+
+    @property
+    def damaged(self) -> list[Damage]:
+        """The batches that were refused, by the last method that read events."""
+        return self._reader.damaged
+
+    @property
+    def truncated(self) -> str | None:
+        """How the file was cut, if it was, by the last method that read events."""
+        return self._reader.truncated
+
+    @property
+    def unknown_events(self) -> dict[int, int]:
+        """Events of types a newer kvmprobe wrote, left out: type -> number."""
+        return self._reader.unknown_events
+
+    def count(self) -> int:
+        """How many events the capture says it holds; decodes none."""
+        return self._reader.count()
+
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, NDArray[Any]]]:
+        """The events in constant memory: column name -> array, shape (n,), a batch at a time.
+
+        Dtypes are those of `schema.EVENT`; only the columns asked for are decoded (None: all).
+        """
+        return self._reader.batches(columns)
+
+    def events(
+        self,
+        *,
+        vm: int | None = None,
+        vcpu: int | None = None,
+        since: When | None = None,
+        until: When | None = None,
+        columns: Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> pd.DataFrame:
+        """The events, one a row; `frames.events_frame` describes the columns.
+
+        `since` is included, `until` is not.  `limit` takes the first so many.  Raises CaptureError
+        for more than 20 million events without `limit`, for a column or time that makes no sense.
+        """
+        from kvmprobe import frames
+
+        wanted = frames.EVENT_COLUMNS if columns is None else tuple(columns)
+        for name in wanted:
+            if name not in frames.EVENT_COLUMNS:
+                raise CaptureError(
+                    f"no column {name!r}; there are {', '.join(frames.EVENT_COLUMNS)}"
+                )
+        size = sum(frames.COLUMN_BYTES[name] for name in wanted)
+        if limit is None and all(x is None for x in (vm, vcpu, since, until)):
+            self._check_size(self.count(), size)
+        gathered = self._gather(frames.fields_of(wanted), vm, vcpu, since, until, None, limit, size)
+        return frames.events_frame(gathered, self.header, wanted)
+
+    def fills(
+        self,
+        *,
+        vm: int | None = None,
+        vcpu: int | None = None,
+        since: When | None = None,
+        until: When | None = None,
+    ) -> pd.DataFrame:
+        """The MMIO cache as it was written (FILL) or found (CACHE), one event a row.
+
+        gpa, gva, access and mmio_gen are the cache's fields; `slot` is the memslot at gpa (int16,
+        -1: none, to be believed where `slot_known`).  Filters as in `events`.
+        """
+        from kvmprobe import frames
+
+        types = (schema.Type.FILL, schema.Type.CACHE)
+        return frames.fills_frame(self._gather(_ALL, vm, vcpu, since, until, types), self.header)
+
+    def memslots(
+        self,
+        *,
+        vm: int | None = None,
+        vcpu: int | None = None,
+        since: When | None = None,
+        until: When | None = None,
+    ) -> pd.DataFrame:
+        """What happened to memslots: base_gpa, npages, id, change, generation, one change a row.
+
+        Filters as in `events`; most memslot changes belong to no vCPU.
+        """
+        from kvmprobe import frames
+
+        types = (schema.Type.MEMSLOT,)
+        return frames.memslots_frame(self._gather(_ALL, vm, vcpu, since, until, types), self.header)
+
+    def _gather(
+        self,
+        fields: Iterable[str],
+        vm: int | None,
+        vcpu: int | None,
+        since: When | None,
+        until: When | None,
+        types: Sequence[schema.Type] | None,
+        limit: int | None = None,
+        row_bytes: int = schema.EVENT.itemsize,
+    ) -> dict[str, NDArray[Any]]:
+        """The events that pass the filters, their `fields` as one array each."""
+        fields = sorted(fields)
+        begin, end = self._ticks(since), self._ticks(until)
+        tests: list[tuple[str, Any]] = []
+        if vm is not None:
+            tests.append(("vm", lambda values: values == vm))
+        if vcpu is not None:
+            tests.append(("vcpu", lambda values: values == vcpu))
+        if begin is not None:
+            tests.append(("ts", lambda values: values >= begin))
+        if end is not None:
+            tests.append(("ts", lambda values: values < end))
+        if types is not None:
+            tests.append(("type", lambda values: np.isin(values, np.array(types, np.uint8))))
+        parts: dict[str, list[NDArray[Any]]] = {name: [] for name in fields}
+        rows = 0
+        for batch in self.batches(sorted({*fields, *(name for name, _ in tests)})):
+            if limit is not None and rows >= limit:
+                break
+            keep: Any = slice(None)
+            if tests:
+                keep = np.logical_and.reduce([test(batch[name]) for name, test in tests])
+            chosen = {name: batch[name][keep] for name in fields}
+            size = min((len(values) for values in chosen.values()), default=0)
+            if limit is not None:
+                size = min(size, limit - rows)
+            for name, values in chosen.items():
+                parts[name].append(values[:size])
+            rows += size
+            if limit is None:
+                self._check_size(rows, row_bytes, at_least=True)
+        self._warn()
+        # Taken out one by one, so that only one column is there twice.
+        return {
+            name: np.concatenate([np.empty(0, schema.EVENT[name]), *parts.pop(name)])
+            for name in fields
+        }
+
+    def _ticks(self, when: When | None) -> np.uint64 | None:
+        """A time as `ts` of events: CLOCK_MONOTONIC, ns, within 64 bits."""
+        if when is None:
+            return None
+        clock = self.header["clock"]
+        if isinstance(when, int | np.integer):
+            ticks = int(when) + (clock["monotonic_ns"] or 0)
+        elif clock["monotonic_ns"] is None or clock["wall_ns"] is None:
+            raise CaptureError(f"{self.path} has no clock: give times in ns since its start")
+        else:
+            import pandas as pd
+
+            try:
+                moment = pd.Timestamp(when)
+                if pd.isna(moment):
+                    raise ValueError("not a time")
+                moment = moment.tz_localize("UTC") if moment.tzinfo is None else moment
+                wall = moment.as_unit("ns").value
+            except (ValueError, TypeError) as e:
+                raise CaptureError(f"{when!r} is no time: {e}") from None
+            ticks = wall - clock["wall_ns"] + clock["monotonic_ns"]
+        return np.uint64(min(max(ticks, 0), (1 << 64) - 1))
+
+    def _check_size(self, rows: int, row_bytes: int, *, at_least: bool = False) -> None:
+        if rows > MAX_FRAME_EVENTS:
+            raise CaptureError(
+                f"{self.path}: {'more than ' * at_least}{rows:,} events would take "
+                f"{rows * row_bytes / 1e9:.1f} GB as a DataFrame; "
+                "use batches(), a filter, fewer columns or limit="
+            )
+
+    def _warn(self) -> None:
+        """Tell the caller of a DataFrame what it lacks."""
+        problems = [f"batch {d.batch_index} is damaged: {d.reason}" for d in self.damaged[:1]]
+        if len(self.damaged) > 1:
+            problems.append(f"{len(self.damaged) - 1} more are")
+        if self.truncated:
+            problems.append(self.truncated)
+        if self.unknown_events:
+            total = sum(self.unknown_events.values())
+            problems.append(f"{total} events are of types this kvmprobe doesn't know")
+        if problems:
+            warnings.warn(f"{self.path}: {'; '.join(problems)}", RuntimeWarning, stacklevel=4)
+
+
+_ALL = tuple(f.name for f in schema.FIELDS)
