@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: MIT
+"""How soon a recording sees its first event."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from kvmprobe.errors import HostError
+from kvmprobe.store.reader import CaptureReader
+from tests.bench.result import Result
+
+TURNS = 5
+ROOT = Path(__file__).parents[2]
+KVMPROBE = [sys.executable, "-m", "kvmprobe.cli.main"]
+
+
+def _first_event(path: Path) -> float:
+    """Seconds from the start of the process to the time stamp of the first stored event."""
+    # The events' clock is CLOCK_MONOTONIC, which is the clock of time.monotonic_ns().
+    start = time.monotonic_ns()
+    command = [*KVMPROBE, "record", "-d", "2", "-o", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise HostError(f"kvmprobe record failed: {done.stderr.strip().splitlines()[-1:]}")
+    with CaptureReader(path) as reader:
+        first = min((int(batch["ts"].min()) for batch in reader.batches(["ts"])), default=None)
+    if first is None:
+        raise HostError("kvmprobe record stored no event although a guest was running")
+    return (first - start) / 1e9
+
+
+def _help(_path: Path) -> float:
+    start = time.monotonic()
+    subprocess.run([*KVMPROBE, "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    return time.monotonic() - start
+
+
+def run() -> Result:
+    """Measure on this host's live KVM; HostError where recording fails."""
+    ways = {"record, to its first stored event": _first_event, "--help, to its end": _help}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    load = [sys.executable, "-m", "kvmprobe.guests.load", "--seconds", "3600", "--rate", "2000"]
+    with subprocess.Popen(load, cwd=ROOT, stdout=subprocess.DEVNULL) as guest:
+        try:
+            for _ in range(TURNS):
+                for name, way in ways.items():
+                    with tempfile.TemporaryDirectory() as directory:
+                        seconds[name].append(way(Path(directory) / "capture"))
+        finally:
+            guest.terminate()
+    record, usage = (statistics.median(times) for times in seconds.values())
+    return Result(
+        "Start",
+        "From the start of the process, with the load guest running at 2,000 accesses a second all "
+        f"the time, {TURNS} turns.",
+        ("what", "seconds, turn by turn", "median"),
+        [
+            (name, ", ".join(f"{s:.2f}" for s in times), f"{statistics.median(times):.2f}")
+            for name, times in seconds.items()
+        ],
+        f"record sees its first event after {record:.2f} s (wanted: 2), --help takes {usage:.2f} s "
+        "(wanted: 0.3)",
+    )
