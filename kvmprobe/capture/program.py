@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: MIT
+"""The compiled program: loading, attaching and detaching through BCC, and its maps."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmprobe.capture.plan import Attachment, Plan
+from kvmprobe.capture.points import FunctionPoint
+from kvmprobe.capture.source import VM_NUMBERS, fentry_name
+from kvmprobe.errors import HostError
+from kvmprobe.host.headers import header_directory
+from kvmprobe.probes.schema import Type
+
+#: struct counters of probes/state.h: causes by observations.
+COUNTERS = (7, 16)
+
+
+class AttachError(HostError):
+    """One target can't be loaded or attached; the plan goes on without it."""
+
+    def __init__(self, target: str, reason: str) -> None:
+        super().__init__(f"{target}: {reason}")
+        self.target = target
+        self.reason = reason
+
+
+class Program:
+    """A compiled program, from compilation to clean-up."""
+
+    def __init__(self, bcc: ModuleType, text: str, kernel_headers: Path | None) -> None:
+        """Compile.
+
+        Raises:
+            HostError: BCC or the kernel refused; the first line of what it said is in the message.
+        """
+        self._bcc = bcc
+        self._bpf: Any = None
+        self._attached: list[tuple[str, str]] = []
+        with _compiler_headers(kernel_headers), captured_stderr() as said:
+            try:
+                self._bpf = _bpf_class(bcc)(text=text.encode())
+            except Exception as error:
+                raise HostError(
+                    f"the probes can't be compiled: {_first_line(said(), error)}"
+                ) from None
+        self._cpus = len(bcc.utils.get_possible_cpus())
+        self._counters = np.zeros((self._cpus, *COUNTERS), "<u8")
+
+    def load(self, plan: Plan, fentry_prefix: str) -> None:
+        """Load all programs of the plan, through the kernel's verifier.
+
+        Raises:
+            AttachError: the kernel refused one.
+        """
+        for attachment in plan.active():
+            for name, kind in _programs(attachment, fentry_prefix):
+                self.load_one(name, kind, attachment.target)
+
+    def attach(self, plan: Plan, fentry_prefix: str) -> None:
+        """Attach all programs of the plan, tracepoints last.
+
+        Raises:
+            AttachError: one could not be attached; what was attached before still is: call close().
+        """
+        for attachment in plan.active():
+            for name, kind in _programs(attachment, fentry_prefix):
+                self._attach(name, kind, attachment.target)
+
+    def load_one(self, name: str, kind: str, target: str) -> None:
+        """Load one program.
+
+        Raises:
+            AttachError: the kernel refused it.
+        """
+        bpf = self._bcc.BPF
+        kinds = {
+            "kprobe": bpf.KPROBE,
+            "kretprobe": bpf.KPROBE,
+            "kfunc": getattr(bpf, "TRACING", None),
+            "kretfunc": getattr(bpf, "TRACING", None),
+            "raw_tracepoint": bpf.RAW_TRACEPOINT,
+        }
+        with captured_stderr() as said:
+            try:
+                self._bpf.load_func(name.encode(), kinds[kind])
+            except Exception as error:
+                raise AttachError(target, f"refused: {_first_line(said(), error)}") from None
+
+    def _attach(self, name: str, kind: str, target: str) -> None:
+        function, event = name.encode(), target.encode()
+        with captured_stderr() as said:
+            try:
+                if kind == "kprobe":
+                    self._bpf.attach_kprobe(event=event, fn_name=function)
+                elif kind == "kretprobe":
+                    self._bpf.attach_kretprobe(event=event, fn_name=function)
+                elif kind == "kfunc":
+                    self._bpf.attach_kfunc(fn_name=function)
+                elif kind == "kretfunc":
+                    self._bpf.attach_kretfunc(fn_name=function)
+                else:
+                    self._bpf.attach_raw_tracepoint(tp=event, fn_name=function)
+            except Exception as error:
+                raise AttachError(target, f"not attached: {_first_line(said(), error)}") from None
+        self._attached.append((kind, target))
+
+    def detach(self) -> None:
+        """Detach everything, in reverse order; the maps stay readable."""
+        for kind, target in reversed(self._attached):
+            event = target.encode()
+            if kind == "kprobe":
+                self._bpf.detach_kprobe(event)
+            elif kind == "kretprobe":
+                self._bpf.detach_kretprobe(event)
+            elif kind == "raw_tracepoint":
+                self._bpf.detach_raw_tracepoint(event)
+            # fentry and fexit programs have nothing but their descriptors, which close() closes
+        self._attached = []
+
+    def close(self) -> None:
+        """Detach and free everything."""
+        if self._bpf is not None:
+            self.detach()
+            self._bpf.cleanup()
+            self._bpf = None
+
+    def ring_fd(self) -> int:
+        """The descriptor of the ring buffer map."""
+        return int(self._bpf["events"].map_fd)
+
+    def configure(self, **values: int) -> None:
+        """Set the fields of struct config."""
+        table = self._bpf["config"]
+        leaf = table[table.Key(0)]
+        for name, value in values.items():
+            setattr(leaf, name, value)
+        table[table.Key(0)] = leaf
+
+    def give_vm_numbers(self, first: int, n: int) -> None:
+        """Put n numbers for new VMs, from `first`, into their queue."""
+        queue = self._bpf["vm_numbers"]
+        for number in range(first, first + n):
+            queue.push(ctypes.c_uint32(number))
+
+    def counters(self) -> NDArray[np.uint64]:
+        """The counters so far: shape (CPUs, causes, observations); cause 0 is what was sent."""
+        key = ctypes.c_int(0)
+        if self._bcc.lib.bpf_lookup_elem(
+            self._bpf["counters"].map_fd,
+            ctypes.byref(key),
+            ctypes.c_void_p(self._counters.ctypes.data),
+        ):
+            raise HostError("the probes' counters can't be read")
+        return self._counters.copy()
+
+    def waiting_events(self) -> list[bytes]:
+        """MMIO records that still wait for a userspace exit, as their 56 bytes each."""
+        return [bytes(state.mmio) for state in self._bpf["vcpus"].values() if state.mmio_waits]
+
+    def recursion_misses(self) -> dict[str, int]:
+        """How often the kernel skipped each program because another ran on that CPU."""
+        misses = {}
+        for name, function in self._bpf.funcs.items():
+            info = Path(f"/proc/self/fdinfo/{function.fd}").read_text(encoding="ascii")
+            found = re.search(r"^recursion_misses:\s+(\d+)$", info, re.MULTILINE)
+            misses[name.decode()] = int(found[1]) if found else 0
+        return misses
+
+
+def program_observation(name: str, plan: Plan, fentry_prefix: str) -> Type | None:
+    """The observation that suffers when a program is skipped; None for a helper without one."""
+    for attachment in plan.active():
+        if any(name == program for program, _ in _programs(attachment, fentry_prefix)):
+            return attachment.point.sees[0][0] if attachment.point.sees else None
+    return None
+
+
+def fentry_problem(bcc: ModuleType, module: str, function: str) -> tuple[str | None, str]:
+    """Try to load an empty fentry program on `function` of `module`.
+
+    Returns why it can't be done (None: it can), and the prefix that this BCC wants in names: since
+    0.29 the module's, before that none, and then functions of modules can't be reached.
+    """
+    if not hasattr(bcc.BPF, "TRACING"):
+        return "BCC has no support for it", ""
+    prefixes = (f"{module}__", "")
+    names = [fentry_name("kfunc", prefix, function) for prefix in prefixes]
+    text = "".join(
+        f"int {name}(struct bpf_raw_tracepoint_args *ctx) {{ return 0; }}\n" for name in names
+    )
+    program = Program(bcc, text, None)
+    problem = ""
+    try:
+        for name, prefix in zip(names, prefixes, strict=True):
+            try:
+                program.load_one(name, "kfunc", function)
+            except AttachError as error:
+                problem = error.reason
+            else:
+                return None, prefix
+    finally:
+        program.close()
+    return problem, ""
+
+
+def _programs(attachment: Attachment, fentry_prefix: str) -> list[tuple[str, str]]:
+    """Names in the C, and kinds, of an attachment's programs: the exit first, so that no entry is
+    seen whose exit can't be."""
+    point, target = attachment.point, attachment.target
+    if not isinstance(point, FunctionPoint):
+        return [(f"tp_{target}", "raw_tracepoint")]
+    if attachment.method == "fentry":
+        pairs = [
+            (fentry_name("kretfunc", fentry_prefix, target), "kretfunc"),
+            (fentry_name("kfunc", fentry_prefix, target), "kfunc"),
+        ]
+    elif point.has_exit:
+        pairs = [
+            (f"kprobe_{point.role}_exit", "kretprobe"),
+            (f"kprobe_{point.role}_entry", "kprobe"),
+        ]
+    else:
+        pairs = [("", ""), (f"kprobe_{point.role}", "kprobe")]
+    return pairs if point.has_exit else pairs[1:]
+
+
+def _bpf_class(bcc: ModuleType) -> Any:  # noqa: ANN401 - BCC has no types
+    class Bpf(bcc.BPF):  # type: ignore[misc, name-defined]
+        """BCC without its habit of attaching programs by their names while compiling."""
+
+        def _trace_autoload(self) -> None:
+            pass
+
+    return Bpf
+
+
+@contextmanager
+def _compiler_headers(kernel_headers: Path | None) -> Iterator[None]:
+    """Point BCC at kernel headers: the user's, or the generated ones."""
+    before = os.environ.get("BCC_KERNEL_SOURCE")
+    with header_directory() as generated:
+        os.environ["BCC_KERNEL_SOURCE"] = str(kernel_headers or generated)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["BCC_KERNEL_SOURCE"]
+            else:
+                os.environ["BCC_KERNEL_SOURCE"] = before
+
+
+@contextmanager
+def captured_stderr() -> Iterator[Any]:
+    """Catch what C libraries write to descriptor 2; yields a function that gives it as text.
+
+    clang and libbpf print their complaints there; a reason belongs into one line of ours.
+    """
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+
+        def said() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _first_line(said: str, error: Exception) -> str:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    for line in lines:
+        if "error:" in line or "Failed" in line:
+            return line
+    return lines[0] if lines else str(error)

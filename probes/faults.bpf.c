@@ -1,0 +1,338 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * FAULT and FAULTIN, and the fill made by the no-slot function: what kvm_mmu_page_fault() was asked,
+ * which memslot it found, and how it ended.
+ *
+ * Every function is probed at entry and exit.  The thread remembers an open entry; an entry that
+ * finds one open counts an exit that was missed (kretprobes exhausted, or a program skipped because
+ * another BPF program ran on that CPU).
+ */
+
+#define PFERR_RSVD (1 << 3)         /* PFERR_RSVD_MASK */
+#define PFN_NOSLOT (1ULL << 63)     /* KVM_PFN_NOSLOT */
+#define PFN_ERROR (0x7ffULL << 52)  /* KVM_PFN_ERR_MASK */
+
+/*
+ * KVM's own test in mmio_info_in_cache(), evaluated before KVM does: will this reserved-bit fault be
+ * emulated as MMIO on the cache's word?  No tracepoint tells.
+ */
+static __always_inline u32 test_rsvd(struct now *n, u64 addr)
+{
+	struct kvmprobe_event e = {};
+	struct mmio_cache c = {};
+	u64 walk_mmu;
+	u32 gen;
+
+	if (read_cache(&c, n->vcpu, KVMPROBE_MATCH))
+		return 0;
+	walk_mmu = read_u64(n->vcpu + OFF_VCPU_WALK_MMU, KVMPROBE_MATCH);
+	gen = compare_gen(n, c.gen);
+	if (walk_mmu == n->vcpu + OFF_VCPU_NESTED_MMU)
+		return 0;
+	if (!(gen & (KVMPROBE_F_GEN_IS_AS0 | KVMPROBE_F_GEN_IS_CURRENT)))
+		return 0;
+	if (n->st->flags & KVMPROBE_F_DIRECT) {
+		if (!c.gfn || c.gfn != addr >> 12)
+			return 0;
+	} else if (!c.gva || c.gva != (addr & ~0xfffULL)) {
+		return 0;
+	}
+	begin(&e, n->st, KVMPROBE_MATCH, KVMPROBE_AT_RSVD);
+	e.addr = c.gfn << 12 | (addr & 0xfff);
+	e.value = c.gva;
+	e.gen = c.gen;
+	e.aux = (u32)n->slots.gen;
+	e.flags |= gen;
+	if (n->st->flags & KVMPROBE_F_DIRECT)
+		e.flags |= KVMPROBE_F_BY_GPA;
+	look_up(&e, n, c.gfn);
+	send(&e);
+	n->st->matched = 1;
+	return KVMPROBE_F_BELIEVED;
+}
+
+static __always_inline int on_fault_entry(u64 vcpu, u64 addr, u64 error)
+{
+	struct thread_state *thread;
+	struct now n = {};
+
+	if (arrive(&n, vcpu, KVMPROBE_AT_PAGE_FAULT, 0))
+		return 0;
+	thread = current_thread();
+	if (!thread) {
+		count(KVMPROBE_LOST_STATE, KVMPROBE_FAULT);
+		return 0;
+	}
+	if (thread->fault_ts)
+		count(KVMPROBE_LOST_EXIT, KVMPROBE_FAULT);
+	/* Faults are no place to sample, but an unseen poisoned entry must be reported before it is used. */
+	if (n.st->refill == KVMPROBE_AT_FIRST_SIGHT || error & PFERR_RSVD)
+		sample_cache(&n, KVMPROBE_AT_RSVD);
+	thread->fault_flags = n.st->flags;
+	n.st->matched = 0;
+	if (error & PFERR_RSVD)
+		thread->fault_flags |= test_rsvd(&n, addr);
+	thread->fault_addr = addr;
+	thread->fault_error = error;
+	thread->fault_ts = bpf_ktime_get_ns();
+	return 0;
+}
+
+static __always_inline int on_fault_exit(s32 ret)
+{
+	struct thread_state *thread = current_thread();
+	struct kvmprobe_event e = {};
+	struct vcpu_state *st;
+	u64 vcpu, start;
+
+	if (!thread || !thread->fault_ts)
+		return 0;
+	start = thread->fault_ts;
+	thread->fault_ts = 0;
+	vcpu = thread->vcpu;
+	st = vcpus.lookup(&vcpu);
+	if (!st)
+		return 0;
+	if (ret) /* 0 leads to user space, which an MMIO record may wait for */
+		flush_mmio(st);
+	begin(&e, st, KVMPROBE_FAULT, KVMPROBE_AT_PAGE_FAULT);
+	e.flags = thread->fault_flags;
+	if (thread->fault_error & 2) /* PFERR_WRITE_MASK */
+		e.flags |= KVMPROBE_F_WRITE;
+	e.addr = thread->fault_addr;
+	e.value = thread->fault_error;
+	e.gen = bpf_ktime_get_ns() - start;
+	e.aux = (u32)ret;
+	e.kind = ret < 0 ? KVMPROBE_FAULT_ERROR : ret ? KVMPROBE_FAULT_RESUMED : KVMPROBE_FAULT_USERSPACE;
+	send(&e);
+	return 0;
+}
+
+/* Tracepoint kvm_page_fault(vcpu, address, error code): no exit, and nothing for EPT misconfigurations. */
+static __always_inline int on_page_fault_tp(u64 vcpu, u64 addr, u64 error)
+{
+	struct kvmprobe_event e = {};
+	struct now n = {};
+
+	if (arrive(&n, vcpu, KVMPROBE_AT_PAGE_FAULT_TP, 0))
+		return 0;
+	if (n.st->refill == KVMPROBE_AT_FIRST_SIGHT)
+		sample_cache(&n, KVMPROBE_AT_PAGE_FAULT_TP);
+	begin(&e, n.st, KVMPROBE_FAULT, KVMPROBE_AT_PAGE_FAULT_TP);
+	e.addr = addr;
+	e.value = error;
+	send(&e);
+	return 0;
+}
+
+static __always_inline u8 faultin_result(u64 pfn)
+{
+	if (pfn & PFN_NOSLOT)
+		return KVMPROBE_FAULTIN_NOSLOT;
+	return pfn & PFN_ERROR ? KVMPROBE_FAULTIN_ERROR : KVMPROBE_FAULTIN_KEPT;
+}
+
+/*
+ * At entry fault->slot is the slot KVM itself found, for direct and shadow MMUs; a vulnerable kernel
+ * sets it to NULL inside (kvm_faultin_pfn() before v6.10).
+ */
+static __always_inline int on_faultin_entry(u64 vcpu, u64 fault)
+{
+	struct thread_state *thread = current_thread();
+	struct slot s = {};
+	u64 slot;
+
+	if (!thread || thread->vcpu != vcpu)
+		return 0;
+	if (thread->faultin)
+		count(KVMPROBE_LOST_EXIT, KVMPROBE_FAULTIN);
+	s.id = -1;
+	s.flags = KVMPROBE_F_SLOT_KNOWN;
+	slot = read_u64(fault + OFF_FAULT_SLOT, KVMPROBE_FAULTIN);
+	if (slot)
+		read_slot(&s, slot, KVMPROBE_FAULTIN);
+	thread->faultin = fault;
+	thread->faultin_slot = s.id;
+	thread->faultin_flags = s.flags;
+	thread->faultin_base = s.base_gfn << 12;
+	thread->faultin_npages = s.npages;
+	return 0;
+}
+
+static __always_inline int on_faultin_exit(s32 ret)
+{
+	struct thread_state *thread = current_thread();
+	struct kvmprobe_event e = {};
+	struct vcpu_state *st;
+	u64 vcpu, fault;
+
+	if (!thread || !thread->faultin)
+		return 0;
+	fault = thread->faultin;
+	thread->faultin = 0;
+	vcpu = thread->vcpu;
+	st = vcpus.lookup(&vcpu);
+	if (!st)
+		return 0;
+	begin(&e, st, KVMPROBE_FAULTIN, KVMPROBE_AT_FAULTIN);
+	e.addr = read_u64(fault + OFF_FAULT_GFN, e.type) << 12;
+	e.value = thread->faultin_base;
+	e.gen = thread->faultin_npages;
+	e.aux = (u32)ret;
+	e.slot = thread->faultin_slot;
+	e.flags |= thread->faultin_flags;
+	e.kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, e.type));
+	send(&e);
+	return 0;
+}
+
+/* Tracepoint kvm_mmu_spte_requested(fault): after the faultin function, for faults that go on. */
+static __always_inline int on_spte_requested(u64 fault)
+{
+	struct thread_state *thread = current_thread();
+	struct kvmprobe_event e = {};
+	struct slot s = {};
+	struct now n = {};
+	u64 slot, gfn;
+
+	if (!thread || resume(&n, thread->vcpu, KVMPROBE_FAULTIN))
+		return 0;
+	gfn = read_u64(fault + OFF_FAULT_GFN, KVMPROBE_FAULTIN);
+	slot = read_u64(fault + OFF_FAULT_SLOT, KVMPROBE_FAULTIN);
+	begin(&e, n.st, KVMPROBE_FAULTIN, KVMPROBE_AT_SPTE_REQUESTED);
+	e.addr = gfn << 12;
+	e.kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, e.type));
+	if (slot) {
+		read_slot(&s, slot, e.type);
+		e.slot = s.id;
+		e.flags |= s.flags;
+		e.value = s.base_gfn << 12;
+		e.gen = s.npages;
+	} else {
+		look_up(&e, &n, gfn);
+	}
+	send(&e);
+	return 0;
+}
+
+static __always_inline int on_noslot_entry(u64 vcpu, u64 fault)
+{
+	struct thread_state *thread = current_thread();
+
+	if (!thread || thread->vcpu != vcpu)
+		return 0;
+	if (thread->noslot)
+		count(KVMPROBE_LOST_EXIT, KVMPROBE_FILL);
+	thread->noslot = 0;
+	/* handle_abnormal_pfn() (6.1) is also called for ordinary pages, whose slot is not NULL. */
+	if (NOSLOT_IS_HANDLE_ABNORMAL_PFN && read_u64(fault + OFF_FAULT_SLOT, KVMPROBE_FILL))
+		return 0;
+	thread->noslot = fault;
+	thread->noslot_gfn = read_u64(fault + OFF_FAULT_GFN, KVMPROBE_FILL);
+	return 0;
+}
+
+/*
+ * A negative return means not filled; otherwise vcpu_cache_mmio_info() was called, which writes nothing
+ * while a memslot update is in progress: then the cache does not hold this gfn.
+ */
+static __always_inline int on_noslot_exit(s32 ret)
+{
+	struct thread_state *thread = current_thread();
+	struct kvmprobe_event e = {};
+	struct mmio_cache c = {};
+	struct now n = {};
+
+	if (!thread || !thread->noslot)
+		return 0;
+	thread->noslot = 0;
+	if (ret < 0 || resume(&n, thread->vcpu, KVMPROBE_FILL) || read_cache(&c, n.vcpu, KVMPROBE_FILL))
+		return 0;
+	if (c.gfn != thread->noslot_gfn)
+		return 0;
+	begin(&e, n.st, KVMPROBE_FILL, KVMPROBE_AT_NOSLOT);
+	fill_in_cache(&e, &n, &c);
+	remember_sample(&n, &c);
+	send(&e);
+	return 0;
+}
+
+#ifdef WITH_KPROBE
+int kprobe_fault_entry(struct pt_regs *ctx)
+{
+	return on_fault_entry(PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx));
+}
+
+int kprobe_fault_exit(struct pt_regs *ctx)
+{
+	return on_fault_exit(PT_REGS_RC(ctx));
+}
+
+int kprobe_faultin_entry(struct pt_regs *ctx)
+{
+	return on_faultin_entry(PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx));
+}
+
+int kprobe_faultin_exit(struct pt_regs *ctx)
+{
+	return on_faultin_exit(PT_REGS_RC(ctx));
+}
+
+int kprobe_noslot_entry(struct pt_regs *ctx)
+{
+	return on_noslot_entry(PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx));
+}
+
+int kprobe_noslot_exit(struct pt_regs *ctx)
+{
+	return on_noslot_exit(PT_REGS_RC(ctx));
+}
+#endif
+
+#ifdef WITH_FENTRY
+/* The same by fentry and fexit, whose context is an array like a raw tracepoint's: the arguments and,
+ * at exit, the return value behind them.  BCC finds the target in the program's name. */
+int FENTRY_FAULT(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_fault_entry(ctx->args[0], ctx->args[1], ctx->args[2]);
+}
+
+int FEXIT_FAULT(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_fault_exit(ctx->args[5]);
+}
+
+int FENTRY_FAULTIN(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_faultin_entry(ctx->args[0], ctx->args[1]);
+}
+
+int FEXIT_FAULTIN(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_faultin_exit(ctx->args[FAULTIN_ARGS]);
+}
+
+int FENTRY_NOSLOT(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_noslot_entry(ctx->args[0], ctx->args[1]);
+}
+
+int FEXIT_NOSLOT(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_noslot_exit(ctx->args[3]);
+}
+#endif
+
+#ifdef WITH_PAGE_FAULT_TP
+int tp_kvm_page_fault(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_page_fault_tp(ctx->args[0], ctx->args[1], ctx->args[2]);
+}
+#endif
+
+#ifdef WITH_SPTE_REQUESTED
+int tp_kvm_mmu_spte_requested(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_spte_requested(ctx->args[0]);
+}
+#endif

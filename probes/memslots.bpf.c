@@ -1,0 +1,192 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * MEMSLOT and GENERATION, and the end of vCPUs and VMs.  These run on whatever thread makes the change,
+ * of a VM that may not have been seen: then it is numbered here.
+ */
+
+static __always_inline int wanted(void)
+{
+	struct config *cfg = get_config();
+
+	return cfg && cfg->on && (!cfg->tgid || cfg->tgid == bpf_get_current_pid_tgid() >> 32);
+}
+
+static __always_inline void send_memslot(u32 vm, const struct slot *s, u64 gen, u8 change)
+{
+	struct kvmprobe_event e = {};
+
+	e.vm = vm;
+	e.vcpu = 0xffff;
+	e.type = KVMPROBE_MEMSLOT;
+	e.site = KVMPROBE_AT_COMMIT_MEMSLOT;
+	e.flags = s->flags;
+	e.addr = s->base_gfn << 12;
+	e.value = s->npages;
+	e.gen = gen;
+	e.aux = s->raw_flags;
+	e.slot = s->id;
+	e.kind = change;
+	e.len = (u8)s->as_id;
+	send(&e);
+}
+
+/* kvm_arch_commit_memory_region(kvm, old, new, change): `new` is NULL when a slot is deleted. */
+static __always_inline int on_commit_memslot(u64 kvm, u64 old, u64 new, u32 change)
+{
+	struct memslots m = {};
+	struct vm_state *vm;
+	struct slot s = {};
+	struct vm_key key;
+
+	if (!wanted())
+		return 0;
+	make_vm_key(&key, kvm);
+	vm = get_vm(&key);
+	if (!vm)
+		return 0;
+	read_slot(&s, new ?: old, KVMPROBE_MEMSLOT);
+	read_memslots(&m, kvm, s.as_id, KVMPROBE_MEMSLOT);
+	if (change == KVMPROBE_MEMSLOT_DELETED || change == KVMPROBE_MEMSLOT_MOVED_FROM) {
+		read_slot(&s, old, KVMPROBE_MEMSLOT);
+		send_memslot(vm->vm, &s, m.gen, (u8)change);
+	}
+	if (change == KVMPROBE_MEMSLOT_DELETED || !new)
+		return 0;
+	read_slot(&s, new, KVMPROBE_MEMSLOT);
+	send_memslot(vm->vm, &s, m.gen, change == KVMPROBE_MEMSLOT_MOVED_FROM ? KVMPROBE_MEMSLOT_MOVED_TO : (u8)change);
+	return 0;
+}
+
+/*
+ * kvm_arch_memslots_updated(kvm, gen): once per activation, gen without the in-progress bit.  With two
+ * address spaces its lowest bit is the index of the one that changed (generations start at the index and
+ * go up by the number of address spaces).
+ */
+static __always_inline int on_memslots_updated(u64 kvm, u64 gen)
+{
+	struct kvmprobe_event e = {};
+	struct vm_state *vm;
+	struct vm_key key;
+
+	if (!wanted())
+		return 0;
+	make_vm_key(&key, kvm);
+	vm = get_vm(&key);
+	if (!vm)
+		return 0;
+	e.vm = vm->vm;
+	e.vcpu = 0xffff;
+	e.type = KVMPROBE_GENERATION;
+	e.site = KVMPROBE_AT_MEMSLOTS_UPDATED;
+	e.slot = -1;
+	e.value = gen - ADDRESS_SPACES;
+	e.gen = gen;
+	e.len = gen & (ADDRESS_SPACES - 1);
+	send(&e);
+	return 0;
+}
+
+static __always_inline int on_vcpu_destroy(u64 vcpu)
+{
+	struct vcpu_state *st = vcpus.lookup(&vcpu);
+
+	if (!st)
+		return 0;
+	flush_mmio(st);
+	send_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_VCPU_DESTROY);
+	vcpus.delete(&vcpu);
+	return 0;
+}
+
+static __always_inline int on_vm_destroy(u64 kvm)
+{
+	struct kvmprobe_event e = {};
+	struct vm_state *vm;
+	struct vm_key key;
+
+	make_vm_key(&key, kvm);
+	vm = vms.lookup(&key);
+	if (!vm)
+		return 0;
+	e.vm = vm->vm;
+	e.vcpu = 0xffff;
+	e.type = KVMPROBE_LIFECYCLE;
+	e.site = KVMPROBE_AT_VM_DESTROY;
+	e.slot = -1;
+	e.kind = KVMPROBE_VM_GONE;
+	e.addr = key.start;
+	e.aux = key.tgid;
+	send(&e);
+	vms.delete(&key);
+	return 0;
+}
+
+/* A thread that ends takes its vCPU's identity with it: the next process may get the same addresses. */
+static __always_inline int on_thread_exit(void)
+{
+	struct thread_state *thread = current_thread();
+	u32 tid = (u32)bpf_get_current_pid_tgid();
+	struct vcpu_state *st;
+	u64 vcpu;
+
+	if (!thread)
+		return 0;
+	vcpu = thread->vcpu;
+	st = vcpus.lookup(&vcpu);
+	if (st && st->tid == tid) {
+		flush_mmio(st);
+		send_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_FIRST_SIGHT);
+		vcpus.delete(&vcpu);
+	}
+	threads.delete(&tid);
+	return 0;
+}
+
+#ifdef WITH_KPROBE
+int kprobe_commit_memslot(struct pt_regs *ctx)
+{
+	return on_commit_memslot(PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx));
+}
+
+int kprobe_memslots_updated(struct pt_regs *ctx)
+{
+	return on_memslots_updated(PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx));
+}
+
+int kprobe_vcpu_destroy(struct pt_regs *ctx)
+{
+	return on_vcpu_destroy(PT_REGS_PARM1(ctx));
+}
+
+int kprobe_vm_destroy(struct pt_regs *ctx)
+{
+	return on_vm_destroy(PT_REGS_PARM1(ctx));
+}
+#endif
+
+#ifdef WITH_FENTRY
+int FENTRY_COMMIT_MEMSLOT(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_commit_memslot(ctx->args[0], ctx->args[1], ctx->args[2], ctx->args[3]);
+}
+
+int FENTRY_MEMSLOTS_UPDATED(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_memslots_updated(ctx->args[0], ctx->args[1]);
+}
+
+int FENTRY_VCPU_DESTROY(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_vcpu_destroy(ctx->args[0]);
+}
+
+int FENTRY_VM_DESTROY(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_vm_destroy(ctx->args[0]);
+}
+#endif
+
+int tp_sched_process_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_thread_exit();
+}
