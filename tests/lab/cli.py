@@ -3,6 +3,7 @@
 
 import argparse
 import shlex
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +21,8 @@ _EMULATORS = {"amd": qemu_command, "intel": bochs_command}
 def main() -> int:
     """Run the command line; return the exit status: that of the command in the VM, or 1."""
     arguments = _parser().parse_args()
+    # As at Ctrl-C, what was started is ended and what was begun is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return int(arguments.function(arguments))
     except LabError as error:

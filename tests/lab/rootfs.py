@@ -48,11 +48,9 @@ def get_root(release_name: str) -> Path:
     disk = cache_dir() / "roots" / f"{release_name}-{key}.ext4"
     with built(disk, 4000) as scratch:
         if scratch is not None:
-            if os.geteuid() != 0:
-                raise MissingError("a root disk can only be built by root; run `make lab` as root")
             say(f"building the root disk of {release_name} (Python {python}); takes minutes")
             tree = scratch / "tree"
-            _bootstrap(release_name, tree)
+            bootstrap(release_name, PACKAGES, tree)
             _install_dependencies(tree, scratch / "wheels", python, requirements)
             _trim(tree)
             make_disk(tree, scratch / disk.name, _DISK_MEBIBYTES)
@@ -74,14 +72,17 @@ def _requirements() -> list[str]:
         return list(tomllib.load(file)["project"]["dependencies"])
 
 
-def _bootstrap(release_name: str, tree: Path) -> None:
+def bootstrap(release_name: str, packages: tuple[str, ...], tree: Path) -> None:
+    """Install a minimal Debian release with these packages into a folder; needs root."""
+    if os.geteuid() != 0:
+        raise MissingError("a Debian root can only be built by root; run the lab as root")
     debootstrap = find_program("debootstrap", "debootstrap")
     try:
         run_program(
             [
                 debootstrap,
                 "--variant=minbase",
-                f"--include={','.join(PACKAGES)}",
+                f"--include={','.join(packages)}",
                 f"--keyring={KEYRING}",
                 release_name,
                 str(tree),
@@ -91,7 +92,7 @@ def _bootstrap(release_name: str, tree: Path) -> None:
     except LabError as error:
         log = tree / "debootstrap" / "debootstrap.log"
         tail = log.read_text(errors="replace").splitlines()[-1:] if log.exists() else []
-        raise LabError(f"no root disk of {release_name}: {error}; {' '.join(tail)}") from None
+        raise LabError(f"no root of {release_name}: {error}; {' '.join(tail)}") from None
 
 
 def _install_dependencies(tree: Path, wheels: Path, python: str, requirements: list[str]) -> None:

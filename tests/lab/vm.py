@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """One run: a disk with the code and the command goes in, status, output and results come out."""
 
+import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,10 +93,7 @@ def run_job(job: Job, emulator: Emulator, results: Path) -> Outcome:
     results.mkdir(parents=True, exist_ok=True)
     need_space(2 * _RESULT_MEBIBYTES)
     initrd = get_initrd(job.kernel)
-    runs = cache_dir() / "runs"
-    runs.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=runs, prefix="run-") as name:
-        folder = Path(name)
+    with _run_folder() as folder:
         # Emulators put locks and redo logs beside a disk: beside a link that is ours alone.
         root = folder / "root.ext4"
         root.symlink_to(job.root)
@@ -123,6 +122,30 @@ def run_job(job: Job, emulator: Emulator, results: Path) -> Outcome:
         raise LabError(f"the VM ended before its command did; its console: {serial}")
     status, output = with_output
     return Outcome(status, output, results / "out", seconds)
+
+
+@contextlib.contextmanager
+def _run_folder() -> Iterator[Path]:
+    """Yield a scratch folder; those of runs that were killed before they could clean up go."""
+    runs = cache_dir() / "runs"
+    runs.mkdir(exist_ok=True)
+    for old in runs.iterdir():
+        if _is_unused(old):
+            shutil.rmtree(old, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(dir=runs, prefix="run-") as name,
+        Path(name, "lock").open("w") as lock,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Path(name)
+
+
+def _is_unused(folder: Path) -> bool:
+    # A folder without its lock yet is one that another process is just making.
+    with contextlib.suppress(OSError), (folder / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def _fill_disk(job: Job, tree: Path, disk: Path) -> None:
