@@ -48,7 +48,7 @@ coverage: setup ## Run the unit tests and show which lines they leave out
 	@$(RUN) pytest --cov tests/unit
 
 bench: setup ## Measure drain, detector and start-up on this machine (as root: asks sudo)
-	@tools/as root $(BIN)/python -m tests.bench
+	@tools/as root $(BIN)/python tests/bench
 
 lock: setup ## Write the locks anew; ARGS=--upgrade takes the newest versions
 	@tools/as user tools/lock $(ARGS)

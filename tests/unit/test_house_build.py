@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import kvmprobe
+
 ROOT = Path(__file__).parents[2]
 LOCKS = ("requirements.lock", "requirements-dev.lock")
 
@@ -76,3 +78,8 @@ def test_python_too_old_is_refused_in_one_line() -> None:
     assert run.stderr.splitlines() == [
         "no Python 3.11 or newer (tried /bin/false): set PYTHON=/path/to/python3"
     ]
+
+
+def test_versions_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert kvmprobe.__version__ == project["version"]
