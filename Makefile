@@ -36,13 +36,13 @@ types: setup ## Run mypy --strict on the program and on its tests
 	@tools/stage 'types of tests' $(RUN) mypy tests
 
 unit: setup ## Run the tests that need neither root nor KVM
-	@tools/stage unit $(RUN) pytest -rs tests/unit
+	@tools/stage unit $(RUN) pytest -rfEs tests/unit
 
 live: setup ## Run the tests that record this machine's KVM (as root: asks sudo)
 	@tools/stage live tools/live
 
 packaging: setup ## Build sdist and wheel and try the wheel outside the checkout
-	@tools/stage packaging $(RUN) pytest -rs tests/packaging
+	@tools/stage packaging $(RUN) pytest -rfEs tests/packaging
 
 coverage: setup ## Run the unit tests and show which lines they leave out
 	@$(RUN) pytest --cov tests/unit
