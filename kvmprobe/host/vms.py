@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""The VMs that run on this host, as their processes show them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmprobe.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Vm:
+    """A process that holds a KVM VM; `name` is the VMM's (QEMU's -name) or None."""
+
+    pid: int
+    name: str | None
+    comm: str
+
+
+def running_vms(proc: Path = Path("/proc")) -> Iterator[Vm]:
+    """Yield every process with an open VM descriptor; those that end meanwhile are left out."""
+    for directory in sorted(proc.glob("[0-9]*"), key=lambda d: int(d.name)):
+        try:
+            if _holds_vm(directory):
+                arguments = (directory / "cmdline").read_bytes().split(b"\0")
+                comm = (directory / "comm").read_text(errors="replace").strip()
+                yield Vm(int(directory.name), _qemu_name(arguments), comm)
+        except OSError:
+            continue
+
+
+def find_vm(name: str, proc: Path = Path("/proc")) -> Vm:
+    """Find the one running VM of that name.
+
+    Raises UsageError when there is none or more than one; the message lists what there is.
+    """
+    vms = list(running_vms(proc))
+    found = [vm for vm in vms if vm.name == name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        pids = ", ".join(str(vm.pid) for vm in found)
+        raise UsageError(f"more than one VM is called {name!r}: use --pid with one of {pids}")
+    names = ", ".join(sorted(vm.name for vm in vms if vm.name)) or "none with a name"
+    raise UsageError(f"no running VM is called {name!r}; running: {names}")
+
+
+def _holds_vm(directory: Path) -> bool:
+    return any(
+        os.readlink(entry.path) == "anon_inode:kvm-vm" for entry in os.scandir(directory / "fd")
+    )
+
+
+def _qemu_name(arguments: list[bytes]) -> str | None:
+    """The VM's name from QEMU's `-name NAME` or `-name guest=NAME,…`; libvirt uses the latter."""
+    for option, value in zip(arguments, arguments[1:], strict=False):
+        if option in (b"-name", b"--name"):
+            text = value.decode(errors="replace")
+            for part in text.split(","):
+                if part.startswith("guest="):
+                    return part.removeprefix("guest=")
+            return text.split(",")[0]
+    return None
