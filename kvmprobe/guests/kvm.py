@@ -138,7 +138,7 @@ class ExitReason(IntEnum):
     INTERNAL_ERROR = 17
 
 
-class RunOffset(IntEnum):
+class RunOffset:
     """Byte offsets in struct kvm_run, which KVM shares with user space."""
 
     IMMEDIATE_EXIT = 1

@@ -96,9 +96,9 @@ class Load:
     def round(self) -> None:
         """Let the guest do one round, and add what it did to `counts`."""
         run, run_bytes, run_words = self._vcpu.run, self._vcpu.run_bytes, self._vcpu.run_words
-        is_write, count = RunOffset.MMIO_IS_WRITE.value, RunOffset.IO_COUNT // 4
+        is_write, count = RunOffset.MMIO_IS_WRITE, RunOffset.IO_COUNT // 4
         mmio_data, mmio_answer = slice(RunOffset.MMIO_DATA, RunOffset.MMIO_DATA + 8), ANSWER * 8
-        direction = RunOffset.IO_DIRECTION.value
+        direction = RunOffset.IO_DIRECTION
         mmio, port, halt = ExitReason.MMIO.value, ExitReason.IO.value, ExitReason.HLT.value
         reads = writes = units = exits = 0
         # One pass is one exit: 100,000 a second and more, so what it needs is in local variables.

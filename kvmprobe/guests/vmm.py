@@ -181,7 +181,7 @@ class Vcpu:
     def answer(self, data: bytes) -> None:
         """Give the waiting MMIO read or IN its data, used at the next `run`."""
         if self.run_words[RunOffset.EXIT_REASON // 4] == ExitReason.MMIO:
-            start = int(RunOffset.MMIO_DATA)
+            start = RunOffset.MMIO_DATA
         else:
             (start,) = struct.unpack_from("Q", self.run_bytes, RunOffset.IO_DATA_OFFSET)
         self.run_bytes[start : start + len(data)] = data

@@ -156,9 +156,15 @@ class Trial:
 def _program() -> Iterator[Bpf]:
     bcc = load_bcc().module
     flags = [f"-DRING_PAGES={RING_PAGES}", f"-DBURST={BURST}", f"-DSYS_GETPPID={SYS_GETPPID}", "-w"]
+    text = HEADER.read_text(encoding="utf-8") + PROGRAM
     with header_directory() as headers:
         os.environ["BCC_KERNEL_SOURCE"] = str(headers)
-        bpf = bcc.BPF(text=HEADER.read_text(encoding="utf-8") + PROGRAM, cflags=flags)
+        try:
+            bpf = bcc.BPF(text=text, cflags=flags)
+        except Exception as error:  # bcc raises Exception itself
+            raise HostError(f"BPF can't be loaded, run as root: {error}") from error
+        finally:
+            del os.environ["BCC_KERNEL_SOURCE"]
     try:
         yield bpf
     finally:

@@ -16,7 +16,10 @@ from tests.bench.result import Result
 
 TURNS = 5
 ROOT = Path(__file__).parents[2]
-KVMPROBE = [sys.executable, "-m", "kvmprobe.cli.main"]
+KVMPROBE = [
+    *(sys.executable, "-c"),
+    "import sys; from kvmprobe.cli.main import main; sys.exit(main())",
+]
 
 
 def _first_event(path: Path) -> float:
