@@ -30,6 +30,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from kvmprobe import __version__
 from kvmprobe.errors import CaptureError
 from kvmprobe.probes import schema
 
@@ -117,6 +118,29 @@ _HEADER: Mapping[str, object] = {
     "filters": {"pid": _FILTER, "vm": _FILTER, "vcpu": _FILTER},
     "command": [(str,)],
 }
+
+
+def new_header(kind: str) -> dict[str, Any]:
+    """A header of source `kind` ("live" or "converted") with every key, nothing known yet."""
+    return {
+        "schema": {"major": schema.SCHEMA_MAJOR, "minor": schema.SCHEMA_MINOR},
+        "tool": {"name": "kvmprobe", "version": __version__},
+        "started": None,
+        "clock": {"monotonic_ns": None, "wall_ns": None},
+        "source": {"kind": kind, "note": None},
+        "host": {
+            "boot_id": None,
+            "machine": None,
+            "kernel": None,
+            "vendor": None,
+            "modules": {},
+            "parameters": {},
+        },
+        "layout": {},
+        "plan": [],
+        "filters": {"pid": None, "vm": None, "vcpu": None},
+        "command": [],
+    }
 
 
 def check_header(header: object) -> None:

@@ -189,16 +189,12 @@ class CaptureReader:
         if not 8 <= length <= size + size // 255 + 256:
             raise MalformedError(f"column {name} has an impossible size")
         data = self._read(batch._body + offset, length)
-        claimed = int.from_bytes(data[:8], "little", signed=True)
-        # -1: the values follow as they are.
-        if claimed != size and not (claimed == -1 and length == 8 + size):
+        if int.from_bytes(data[:8], "little") != size:
             raise MalformedError(f"column {name} has an impossible size")
-        values: Any = memoryview(data)[8:]
-        if claimed != -1:
-            try:
-                values = codec.decompress(values, decompressed_size=size)
-            except OSError:
-                raise MalformedError(f"column {name} can't be decompressed") from None
+        try:
+            values = codec.decompress(memoryview(data)[8:], decompressed_size=size)
+        except OSError:
+            raise MalformedError(f"column {name} can't be decompressed") from None
         if zlib.crc32(values) != batch._crcs[place]:
             raise MalformedError(f"column {name} fails its checksum")
         return np.frombuffer(values, dtype)
