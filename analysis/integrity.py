@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: MIT
+"""Is the stream whole?  Losses by observation, gaps and anomalies in each vCPU's sequence.
+
+Rules don't look at this: it says how far their silence can be trusted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmprobe.probes.schema import NO_VCPU, Columns, LifecycleChange, LossCause, Type
+
+#: Gaps and anomalies are listed up to so many; their totals are exact.
+LIST_LIMIT = 100
+
+_FOLLOWED = ("ts", "vm", "vcpu", "seq", "type", "kind")
+_UNSEEN = np.int64(-1)
+
+
+def name_of(enum: type[Type] | type[LossCause], value: int) -> str:
+    """Name a value of a capture, which may be one that this version doesn't know."""
+    try:
+        return enum(value).name
+    except ValueError:
+        return f"{enum.__name__.lower()}-{value}"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Records of one vCPU that are missing between `after` and the next event, at time `ts`."""
+
+    vm: int
+    vcpu: int
+    after: int
+    records: int
+    ts: int
+
+
+@dataclass(frozen=True)
+class Anomaly:
+    """A sequence number that can't be: `kind` is "repeats" or "goes back"."""
+
+    kind: str
+    vm: int
+    vcpu: int
+    seq: int
+    ts: int
+
+
+class Integrity:
+    """Follows each vCPU's sequence over batches and adds up LOSS events."""
+
+    def __init__(self) -> None:
+        """Start with nothing seen."""
+        self._last: dict[int, int] = {}
+        #: Events seen, by type.
+        self.events: Counter[int] = Counter()
+        #: Records lost, by (observation, CPU, cause) as numbers.
+        self.lost: Counter[tuple[int, int, int]] = Counter()
+        #: The first gaps, and how many records all gaps are.
+        self.gaps: list[Gap] = []
+        self.missing = 0
+        #: The first anomalies, and how many there are of each kind.
+        self.anomalies: list[Anomaly] = []
+        self.anomaly_counts: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """Events seen, LOSS events not counted."""
+        return self.events.total() - self.events[Type.LOSS]
+
+    @property
+    def lost_total(self) -> int:
+        """Records lost: as LOSS events say, or as gaps say where those are more."""
+        return max(self.lost.total(), self.missing)
+
+    @property
+    def unexplained(self) -> int:
+        """Records missing from the sequence that no LOSS event accounts for."""
+        return max(0, self.missing - self.lost.total())
+
+    def lost_by_observation(self) -> dict[str, int]:
+        """Records lost, by name of the observation."""
+        lost: Counter[str] = Counter()
+        for (observation, _, _), records in self.lost.items():
+            lost[name_of(Type, observation)] += records
+        return dict(lost)
+
+    def feed(self, columns: Columns) -> None:
+        """Take in one batch.
+
+        Args:
+            columns: a batch with `ts`, `vm`, `vcpu`, `seq`, `type`, `addr`, `aux`, `kind`, `len`.
+
+        """
+        kinds = columns["type"]
+        counts = np.bincount(kinds, minlength=1)
+        self.events.update({int(t): int(counts[t]) for t in np.flatnonzero(counts)})
+        for i in np.flatnonzero(kinds == Type.LOSS).tolist():
+            key = (int(columns["kind"][i]), int(columns["aux"][i]), int(columns["len"][i]))
+            self.lost[key] += int(columns["addr"][i])
+        own = np.flatnonzero((kinds != Type.LOSS) & (columns["vcpu"] != NO_VCPU))
+        if len(own):
+            self._follow({name: columns[name][own] for name in _FOLLOWED})
+        gone = (kinds == Type.LIFECYCLE) & (columns["kind"] == LifecycleChange.VM_GONE)
+        if gone.any():
+            vms = set(columns["vm"][gone].tolist())
+            self._last = {k: seq for k, seq in self._last.items() if k >> 16 not in vms}
+
+    def _follow(self, columns: Columns) -> None:
+        """Compare each event's sequence number with the one before it on the same vCPU."""
+        key = columns["vm"].astype(np.int64) << 16 | columns["vcpu"]
+        order = _by_vcpu(columns)
+        key, ts = key[order], columns["ts"][order]
+        seq = columns["seq"][order].astype(np.int64)
+        lifecycle = columns["type"][order] == Type.LIFECYCLE
+        change = columns["kind"][order]
+        ends = lifecycle & (change == LifecycleChange.VCPU_GONE)
+        first = np.flatnonzero(np.diff(key, prepend=-1))
+        before = np.empty_like(seq)
+        before[1:] = np.where(ends[:-1], _UNSEEN, seq[:-1])
+        before[first] = [self._last.get(k, _UNSEEN) for k in key[first].tolist()]
+        before[lifecycle & (change == LifecycleChange.VCPU_SEEN)] = _UNSEEN
+        last = np.append(first[1:], len(key)) - 1
+        self._last.update(zip(key[last].tolist(), seq[last].tolist(), strict=True))
+        for k in key[last[ends[last]]].tolist():
+            del self._last[k]
+        # A u32 that wraps: the signed distance is the one that counts.
+        step = (seq - before + 2**31) % 2**32 - 2**31
+        step[before == _UNSEEN] = 1
+        odd = np.flatnonzero(step != 1)
+        if not len(odd):
+            return
+        self.missing += int((step[odd][step[odd] > 1] - 1).sum())
+        for kind, wrong in (("repeats", step == 0), ("goes back", step < 0)):
+            if count := int(wrong.sum()):
+                self.anomaly_counts[kind] += count
+        for i in odd.tolist():
+            if len(self.gaps) >= LIST_LIMIT and len(self.anomalies) >= LIST_LIMIT:
+                break
+            vm, vcpu, now = int(key[i]) >> 16, int(key[i]) & 0xFFFF, int(ts[i])
+            if step[i] > 1 and len(self.gaps) < LIST_LIMIT:
+                self.gaps.append(Gap(vm, vcpu, int(before[i]), int(step[i]) - 1, now))
+            elif step[i] <= 0 and len(self.anomalies) < LIST_LIMIT:
+                kind = "repeats" if step[i] == 0 else "goes back"
+                self.anomalies.append(Anomaly(kind, vm, vcpu, int(seq[i]), now))
+
+
+def _by_vcpu(columns: Columns) -> NDArray[np.intp]:
+    """Order events by vCPU, each vCPU's as they came."""
+    vm, vcpu = columns["vm"], columns["vcpu"]
+    low, width = int(vm.min()), int(vcpu.max()) + 1
+    if (int(vm.max()) - low + 1) * width <= 1 << 16:
+        # numpy sorts 16-bit keys by radix: ten times faster.
+        small = (vm - np.uint32(low)) * np.uint32(width) + vcpu
+        return np.argsort(small.astype(np.uint16), kind="stable")
+    return np.argsort(vm.astype(np.int64) << 16 | vcpu, kind="stable")

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""R2: the vCPU runs L1 while its MMIO cache holds a page of KVM's own slots."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmprobe.analysis.rules.model import (
+    CACHE_SEEN,
+    CITES,
+    CONVICTS,
+    FILL_SEEN,
+    Event,
+    Needs,
+    Rule,
+    generation_matches,
+    hides_from_l2,
+    in_l1,
+    in_memory,
+)
+from kvmprobe.probes.schema import SLOT_TSS, Type
+
+_CACHE = int(Type.CACHE)
+
+
+def step(e: Event, words: NDArray[np.uint64], at: int) -> int:  # noqa: ARG001 - every step has this form
+    """Convict a live cache entry on the TSS or identity map, found while the vCPU runs L1."""
+    if (
+        e.type == _CACHE
+        and hides_from_l2(e)
+        and in_l1(e)
+        and in_memory(e)
+        and generation_matches(e)
+    ):
+        return CONVICTS | CITES
+    return 0
+
+
+RULE = Rule(
+    id="internal-slot-armed",
+    fault="internal-slot",
+    title="The MMIO cache of a vCPU in L1 holds a page of KVM's own memory",
+    severity="warning",
+    severity_reason=(
+        "The next emulated access of L1 to that page goes wrong, but none was seen yet: one "
+        "memslot change or one true MMIO access disarms it."
+    ),
+    source=(
+        '3a2936dedd20 "kvm: mmu: Don\'t expose private memslots to L2"; the mail '
+        "20240228024147.41573-11-seanjc@google.com takes it back; fixed in Linux 6.10"
+    ),
+    proves=(
+        "L2 filled the cache on a vulnerable kernel, perhaps before the recording began, and the "
+        "entry is still live for L1."
+    ),
+    guards=(
+        "the level must be known, and be L1",
+        "memslots must not have changed during the lookup (UNSTABLE)",
+        "the slot must not be on its way out (SLOT_INVALID)",
+        "the entry's generation must be known and be the one this kernel compares with",
+        "gfn 0 never counts: the cache can hold it but never matches it",
+        "the APIC access page (gfn 0xfee00) never counts: emulating it is intended",
+    ),
+    needs=Needs(convicts=((CACHE_SEEN, FILL_SEEN),)),
+    explain=(
+        "KVM keeps the last page it took for MMIO in a cache of one entry per vCPU.  This entry "
+        "points at memory that KVM made for itself (hidden TSS or identity map) and is still "
+        "valid while the guest hypervisor (L1) runs.  As soon as KVM emulates an instruction of "
+        "L1 that touches the page, the access goes to the VMM instead of memory: a read gives "
+        "wrong data, a write is lost.  What to do: boot a kernel with the fix (6.10 or a "
+        "backport), or turn unrestricted guest on (kvm_intel.unrestricted_guest=1)."
+    ),
+    step=step,
+    watches=((Type.CACHE, SLOT_TSS),),
+)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""R3: the poisoned cache was believed for an access of L1 to memory."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmprobe.analysis.rules.model import (
+    CITES,
+    CONVICTS,
+    MATCH_SEEN,
+    Event,
+    Needs,
+    Rule,
+    believed,
+    hides_from_l2,
+    in_l1,
+    in_memory,
+)
+from kvmprobe.probes.schema import SLOT_TSS, Type
+
+
+def step(e: Event, words: NDArray[np.uint64], at: int) -> int:
+    """Convict a match in L1 on the TSS or identity map; MMIO on that page follows as evidence."""
+    if not (hides_from_l2(e) and in_l1(e) and in_memory(e)):
+        return 0
+    code = believed(e, words, at)
+    return code | CITES if code == CONVICTS else code
+
+
+RULE = Rule(
+    id="internal-slot-hit",
+    fault="internal-slot",
+    title="L1 was sent to MMIO for an access to memory",
+    severity="critical",
+    severity_reason=(
+        "The guest read wrong data or lost a write.  MMIO at the same address follows as evidence "
+        "where it was seen; the match alone is enough, for KVM acts on it at once."
+    ),
+    source=(
+        '3a2936dedd20 "kvm: mmu: Don\'t expose private memslots to L2"; the mail '
+        "20240228024147.41573-11-seanjc@google.com takes it back; fixed in Linux 6.10"
+    ),
+    proves="The kernel is vulnerable and the fault did its harm to L1.",
+    guards=(
+        "the level must be known, and be L1",
+        "memslots must not have changed during the lookup (UNSTABLE)",
+        "the slot must not be on its way out (SLOT_INVALID)",
+        "gfn 0 never counts",
+        "the APIC access page (gfn 0xfee00) never counts: emulating it is intended",
+        "a reserved-bit fault (site RSVD) and the match it leads to count once",
+        "the exit to the VMM is evidence, never a condition",
+    ),
+    needs=Needs(convicts=((MATCH_SEEN,),)),
+    explain=(
+        "The guest hypervisor (L1) touched memory and KVM believed its MMIO cache instead: the "
+        "access went to the VMM.  A read gave what the VMM answers for an unknown device, a write "
+        "was lost.  The entry came from an access of the nested guest (L2) to memory that KVM "
+        "made for itself; the newest such access on this vCPU stands first in the evidence.  The "
+        "guest notices wrong data from string port I/O, from emulated instructions, and at times "
+        "from plain loads and stores; it can crash or go on with bad data.  What to do: boot a "
+        "kernel with the fix (6.10 or a backport), or turn unrestricted guest on "
+        "(kvm_intel.unrestricted_guest=1), and restart the guest."
+    ),
+    step=step,
+    watches=((Type.MATCH, SLOT_TSS), (Type.MMIO, SLOT_TSS)),
+)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""From findings, proofs and what could be observed to one verdict a fault.
+
+`vulnerable` rests on proof and outranks everything.  Without proof, silence is worth what could be
+observed: an observation that the fault's rules need and that was lost, or never attached, makes the
+verdict `inconclusive`, proof of a right kernel or not.  Then proof gives `fixed`, and no proof
+`not exercised`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvmprobe.analysis.findings import Acquittal, Finding
+from kvmprobe.analysis.rules import FAULTS, RULES
+from kvmprobe.analysis.rules.model import Observation
+
+VULNERABLE = "vulnerable"
+INCONCLUSIVE = "inconclusive"
+NOT_EXERCISED = "not exercised"
+FIXED = "fixed"
+#: All verdicts, the worst first.
+VERDICTS = (VULNERABLE, INCONCLUSIVE, NOT_EXERCISED, FIXED)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be said of one fault, what it rests on, and what was not to be seen."""
+
+    fault: str
+    verdict: str
+    basis: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a capture could show.
+
+    `attached` are (observation, site) names; `lost` records by observation's name; `unexplained`
+    records missing from the sequence without a LOSS event; `unknown` events of types this version
+    doesn't know; `damaged` batches that were refused; `truncated` why the capture ends early.
+    """
+
+    attached: frozenset[tuple[str, str]]
+    lost: Mapping[str, int]
+    unexplained: int = 0
+    anomalies: int = 0
+    unknown: int = 0
+    damaged: int = 0
+    truncated: str | None = None
+
+    @staticmethod
+    def attached_in(plan: Iterable[Mapping[str, Any]]) -> frozenset[tuple[str, str]]:
+        """Return what a capture's header says was attached."""
+        return frozenset((row["observation"], row["site"]) for row in plan if row["attached"])
+
+    def sees(self, wanted: Observation) -> bool:
+        """Whether an observation was attached at one of the sites that give it in full."""
+        if not wanted.sites:
+            return any(name == wanted.type.name for name, _ in self.attached)
+        return any((wanted.type.name, site.name) in self.attached for site in wanted.sites)
+
+
+def _records(count: int) -> str:
+    return f"{count} record{'' if count == 1 else 's'}"
+
+
+def _missing(fault: str, coverage: Coverage) -> tuple[str, ...]:
+    """Say what must be known and isn't, before silence about the fault means anything."""
+    missing: dict[str, None] = {}
+    needed: dict[str, None] = {}
+    for rule in RULES:
+        if rule.fault != fault or not rule.convicts:
+            continue
+        for group in rule.needs.convicts:
+            if not any(coverage.sees(wanted) for wanted in group):
+                names = ", nor ".join(str(wanted) for wanted in group)
+                missing[f"not observed: {names} ({rule.id})"] = None
+            needed.update(dict.fromkeys(wanted.type.name for wanted in group))
+        needed.update(dict.fromkeys(wanted.type.name for wanted in rule.needs.acquits))
+    # A new VM or vCPU that isn't told from the old one confuses what is remembered of it.
+    needed["LIFECYCLE"] = None
+    for observation, records in coverage.lost.items():
+        if records and (observation in needed or observation.startswith("type-")):
+            missing[f"lost: {_records(records)} of {observation}"] = None
+    if coverage.unexplained:
+        missing[f"lost: {_records(coverage.unexplained)} of unknown observations"] = None
+    if coverage.anomalies:
+        missing[f"out of sequence: {_records(coverage.anomalies)}"] = None
+    if coverage.unknown:
+        missing[f"not understood: {_records(coverage.unknown)} of a newer kvmprobe"] = None
+    if coverage.damaged:
+        missing[f"refused: {coverage.damaged} damaged part(s) of the capture"] = None
+    return tuple(missing)
+
+
+def judge(
+    findings: Sequence[Finding], acquittals: Sequence[Acquittal], coverage: Coverage
+) -> dict[str, Verdict]:
+    """Return the verdict on each fault of one capture, by the fault's name.
+
+    Args:
+        findings: what the detector found.
+        acquittals: the detector's proofs of a right kernel.
+        coverage: what the capture could show.
+
+    """
+    return {fault: _judge(fault, findings, acquittals, coverage) for fault in FAULTS}
+
+
+def _judge(
+    fault: str,
+    findings: Sequence[Finding],
+    acquittals: Sequence[Acquittal],
+    coverage: Coverage,
+) -> Verdict:
+    missing = _missing(fault, coverage)
+    basis = tuple(
+        f"{rule.id}: {sum(f.count for f in own)} on {len(own)} vCPU(s): {rule.proves}"
+        for rule in RULES
+        if rule.fault == fault
+        and rule.convicts
+        and (own := [f for f in findings if f.rule.id == rule.id])
+    )
+    proofs = tuple(
+        f"{a.count} fault(s) of L2 on KVM's own memslots were kept: the kernel shows them to L2"
+        for a in acquittals
+        if a.rule.fault == fault
+    )
+    if basis:
+        verdict = VULNERABLE
+    elif missing:
+        verdict, basis = INCONCLUSIVE, proofs
+    elif proofs:
+        verdict, basis = FIXED, proofs
+    else:
+        verdict = NOT_EXERCISED
+        basis = ("nothing happened that shows the fault or proves the kernel free of it",)
+    if coverage.truncated:
+        # What is there was checked to the last whole batch, losses included: it says as much as a
+        # recording that was stopped there.
+        missing = (*missing, f"the capture ends early: {coverage.truncated}")
+    return Verdict(fault, verdict, basis, missing)
+
+
+def worst(verdicts: Iterable[str]) -> str:
+    """Return the worst of some verdicts; `not exercised` for none.
+
+    Raises:
+        ValueError: one of them is no verdict.
+
+    """
+    ranked = sorted(verdicts, key=VERDICTS.index)
+    return ranked[0] if ranked else NOT_EXERCISED
+
+
+def merge(verdicts: Sequence[Mapping[str, Verdict]]) -> dict[str, Verdict]:
+    """Join several captures' verdicts: each fault's worst one, with what that one rests on.
+
+    Proof from one capture isn't proof for another, which may be of another kernel.
+    """
+    merged = {}
+    for fault in FAULTS:
+        each = [v[fault] for v in verdicts if fault in v]
+        verdict = worst(v.verdict for v in each)
+        basis = dict.fromkeys(b for v in each if v.verdict == verdict for b in v.basis)
+        missing = dict.fromkeys(m for v in each for m in v.missing)
+        merged[fault] = Verdict(fault, verdict, tuple(basis), tuple(missing))
+    return merged
