@@ -18,6 +18,12 @@ EXEMPT = {
     "*.kvmprobe": "a capture, binary",
 }
 
+#: Folders that are not plain MIT: what the kernel loads has to be compatible with its licence.
+LICENCES = {
+    "probes/": "GPL-2.0-only OR MIT",
+    "tests/lab/slot/": "GPL-2.0-only",
+}
+
 
 def tracked() -> list[str]:
     if not (ROOT / ".git").exists():
@@ -42,7 +48,8 @@ def test_every_tracked_file_names_its_licence() -> None:
         path = PurePosixPath(name)
         if (ROOT / name).is_symlink() or any(path.match(pattern) for pattern in EXEMPT):
             continue
-        expected = "GPL-2.0-only OR MIT" if path.parts[0] == "probes" else "MIT"
+        folders = [folder for folder in LICENCES if name.startswith(folder)]
+        expected = LICENCES[folders[0]] if folders else "MIT"
         if (found := spdx_line(name)) != expected:
             wrong[name] = found
     assert wrong == {}
