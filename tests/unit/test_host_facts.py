@@ -71,7 +71,7 @@ def test_facts_of_an_intel_host(host: Path) -> None:
 
 
 def test_facts_of_an_empty_host(tmp_path: Path) -> None:
-    assert host_facts(tmp_path) == {
+    expected: HostFacts = {
         "boot_id": None,
         "machine": None,
         "kernel": None,
@@ -79,6 +79,7 @@ def test_facts_of_an_empty_host(tmp_path: Path) -> None:
         "modules": {"vmlinux": None},
         "parameters": {},
     }
+    assert host_facts(tmp_path) == expected
 
 
 @pytest.mark.parametrize("text", ["uninitialized\n", "", "0" * 32, MACHINE[:31], MACHINE.upper()])
