@@ -29,7 +29,8 @@ def _first_event(path: Path) -> float:
     command = [*KVMPROBE, "record", "-d", "2", "-o", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise HostError(f"kvmprobe record failed: {done.stderr.strip().splitlines()[-1:]}")
+        said = done.stderr.strip().splitlines() or ["nothing"]
+        raise HostError(f"kvmprobe record failed and said: {said[-1]}")
     with CaptureReader(path) as reader:
         first = min((int(batch["ts"].min()) for batch in reader.batches(["ts"])), default=None)
     if first is None:
