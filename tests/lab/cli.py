@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.lab.base import CHECKOUT, LabError, say
 from tests.lab.bochs import bochs_command
+from tests.lab.helper import get_helper
 from tests.lab.kernels import RELEASES, get_kernel, parse_spec
 from tests.lab.qemu import qemu_command
 from tests.lab.rootfs import get_root
@@ -50,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         "--add", action="append", default=[], metavar="NAME=PATH", help="bring PATH as /lab/NAME"
     )
     run.add_argument("--append", default="", help="more kernel options: 'kvm.mmio_caching=0'")
+    run.add_argument(
+        "--slot", action="store_true", help="build and load lab_slot.ko: internal slots on AMD"
+    )
     run.add_argument("--results", type=Path, help="folder for out/, output, serial.log")
     run.add_argument("--processors", type=int, default=2)
     run.add_argument("--memory", type=int, default=2048, help="MiB")
@@ -69,9 +73,12 @@ def _run(arguments: argparse.Namespace) -> int:
             raise LabError(f"--add {item}: write NAME=PATH")
         extra[name] = Path(path)
     kernel = get_kernel(arguments.kernel)
+    release = parse_spec(arguments.kernel)[0]
+    if arguments.slot:
+        extra["lab_slot.ko"] = get_helper(kernel, release)
     job = Job(
         kernel=kernel,
-        root=get_root(arguments.root or parse_spec(arguments.kernel)[0]),
+        root=get_root(arguments.root or release),
         vendor=arguments.vendor,
         command=command,
         code=arguments.code.resolve(),

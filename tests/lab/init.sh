@@ -20,6 +20,7 @@ mount --bind /lab/code /opt/kvmprobe
 mount --bind /lab/modules /lib/modules
 ln -sf /proc/self/fd /dev/fd
 modprobe "kvm_$LAB_VENDOR" || echo "lab: kvm_$LAB_VENDOR did not load"
+[ ! -e /lab/lab_slot.ko ] || insmod /lab/lab_slot.ko
 
 cd /out
 echo "LAB-START $(cut -d' ' -f1 /proc/uptime)"
