@@ -250,7 +250,7 @@ class Capture:
     def _check_size(self, rows: int, row_bytes: int, *, at_least: bool = False) -> None:
         if rows > MAX_FRAME_EVENTS:
             raise CaptureError(
-                f"{self.path}: {'more than ' * at_least}{rows:,} events would take "
+                f"{self.path}: {'at least ' * at_least}{rows:,} events would take "
                 f"{rows * row_bytes / 1e9:.1f} GB as a DataFrame; "
                 "use batches(), a filter, fewer columns or limit="
             )

@@ -255,7 +255,7 @@ def test_sea_of_false_beginnings_is_left_soon(sample: Sample) -> None:
     ],
 )
 def test_hostile_headers(tmp_path: Path, text: bytes) -> None:
-    craft(tmp_path / "c", text, dict(fmt.CODES), [])
+    craft(tmp_path / "c", text, fmt.CODES, [])
     with pytest.raises(CaptureError, match=r"c: the header") as error:
         CaptureReader(tmp_path / "c")
     assert str(error.value).isascii()
@@ -322,9 +322,13 @@ def test_other_peoples_file(sample: Sample) -> None:
 
 
 def craft(
-    path: Path, header: bytes, codes: dict[str, str], batches: list[dict[str, NDArray[Any]]]
+    path: Path,
+    header: bytes,
+    codes: dict[str, str],
+    batches: list[dict[str, NDArray[Any]]],
+    lie: dict[str, object] | None = None,
 ) -> None:
-    """Write a capture of any columns, as format.py describes it."""
+    """Write a capture of any columns, as format.py describes it but for `lie`."""
     seed = fmt.header_crc(header, codes.items())
     types = [(name, pa.from_numpy_dtype(np.dtype("<" + code))) for name, code in codes.items()]
     arrow = pa.schema(
@@ -343,6 +347,7 @@ def craft(
                     "events": len(arrays[0]),
                     "crc32": [zlib.crc32(array.tobytes()) for array in arrays],
                     "losses": [],
+                    **(lie or {}),
                 }
             ).encode()
             crc = b"%08x" % zlib.crc32(text, seed)
@@ -409,3 +414,39 @@ def test_columns_that_are_not_the_schemas(
     craft(tmp_path / "c", header_of(1, schema.SCHEMA_MINOR), {**fmt.CODES, **change}, [])
     with pytest.raises(CaptureError, match=says):
         CaptureReader(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"index": -1},
+        {"index": 1 << 70},
+        {"index": True},
+        {"first": None},
+        {"events": 4},
+        {"events": 0},
+        {"crc32": [0] * 13},
+        {"crc32": 7},
+        {"losses": 7},
+        {"losses": [7]},
+        {"losses": {"cpu": 1}},
+        {"losses": [{"observation": 1, "cpu": 0, "cause": "RING", "records": 1}]},
+        {"losses": [{"observation": "FILL", "cpu": 0, "cause": "RING", "records": -1}]},
+    ],
+)
+def test_lying_description_with_a_right_checksum(tmp_path: Path, lie: dict[str, object]) -> None:
+    rows = some_rows(5, 1)
+    craft(tmp_path / "c", header_of(1, 0), fmt.CODES, [schema.columns(rows)], lie)
+    batches, reader = read(tmp_path / "c")
+    assert batches == []
+    assert len(reader.damaged) == 1
+
+
+def test_names_of_losses_can_be_printed(tmp_path: Path) -> None:
+    loss = {"observation": "\x1b[2J" + "x" * 99, "cpu": 0, "cause": "a\nb", "records": 1}
+    rows = some_rows(5, 1)
+    craft(tmp_path / "c", header_of(1, 0), fmt.CODES, [schema.columns(rows)], {"losses": [loss]})
+    with CaptureReader(tmp_path / "c") as reader:
+        (info,) = reader.infos()
+    assert info.losses[0].observation == "?[2J" + "x" * 56
+    assert info.losses[0].cause == "a?b"
