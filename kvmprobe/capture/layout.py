@@ -45,7 +45,7 @@ MEMBERS = {
     "OFF_TASK_COMM": ("task_struct", "comm"),
 }
 
-#: Members that the C reads together with a neighbour: (structure, member, neighbour, bytes between).
+#: Members that the C reads in one go with a neighbour: (structure, member, neighbour, bytes).
 NEIGHBOURS = (
     ("kvm_vcpu", "arch.mmio_gva", "arch.mmio_access", 8),
     ("kvm_vcpu", "arch.mmio_gva", "arch.mmio_gfn", 16),
@@ -57,7 +57,7 @@ NEIGHBOURS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Definitions for the probes' C, by name: byte offsets (OFF_), sizes in bytes (SIZE_), counts."""
+    """Definitions for the probes' C by name: byte offsets (OFF_), sizes (SIZE_), counts."""
 
     values: dict[str, int]
 
@@ -72,6 +72,7 @@ def read_layout(btf: KernelBtf) -> Layout:
     Raises:
         BtfError: a structure or member that the probes need is missing or lies otherwise than they
             read it; the message names it.
+
     """
     values = {name: btf.member(struct, path).offset for name, (struct, path) in MEMBERS.items()}
     for struct, first, second, distance in NEIGHBOURS:

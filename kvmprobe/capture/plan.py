@@ -99,6 +99,7 @@ def make_plan(
 
     Raises:
         HostError: not even the tracepoints that everything rests on are there.
+
     """
     refused = refused or {}
     functions = [_choose_function(p, btf, symbols, methods, refused) for p in FUNCTIONS]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvmprobe.capture.plan import Attachment, Plan
 from kvmprobe.capture.points import FunctionPoint
-from kvmprobe.capture.source import VM_NUMBERS, fentry_name
+from kvmprobe.capture.source import fentry_name
 from kvmprobe.errors import HostError
 from kvmprobe.host.headers import header_directory
 from kvmprobe.probes.schema import Type
@@ -44,6 +44,7 @@ class Program:
 
         Raises:
             HostError: BCC or the kernel refused; the first line of what it said is in the message.
+
         """
         self._bcc = bcc
         self._bpf: Any = None
@@ -63,6 +64,7 @@ class Program:
 
         Raises:
             AttachError: the kernel refused one.
+
         """
         for attachment in plan.active():
             for name, kind in _programs(attachment, fentry_prefix):
@@ -73,6 +75,7 @@ class Program:
 
         Raises:
             AttachError: one could not be attached; what was attached before still is: call close().
+
         """
         for attachment in plan.active():
             for name, kind in _programs(attachment, fentry_prefix):
@@ -83,6 +86,7 @@ class Program:
 
         Raises:
             AttachError: the kernel refused it.
+
         """
         bpf = self._bcc.BPF
         kinds = {
@@ -216,8 +220,10 @@ def fentry_problem(bcc: ModuleType, module: str, function: str) -> tuple[str | N
 
 
 def _programs(attachment: Attachment, fentry_prefix: str) -> list[tuple[str, str]]:
-    """Names in the C, and kinds, of an attachment's programs: the exit first, so that no entry is
-    seen whose exit can't be."""
+    """Name in the C and kind of each of an attachment's programs, in the order of attaching.
+
+    The exit comes first, so that no entry is seen whose exit can't be.
+    """
     point, target = attachment.point, attachment.target
     if not isinstance(point, FunctionPoint):
         return [(f"tp_{target}", "raw_tracepoint")]

@@ -2,14 +2,14 @@
 """Draining a BPF ring buffer of equal records as one numpy view: no call per event.
 
 The ABI (kernel/bpf/ringbuf.c): page 0 of the map's descriptor is the consumer position; then, read
-only, a page with the producer position and the data area mapped twice in a row, so that a batch that
-wraps is contiguous.  A record is a u32 length with BUSY in bit 31 and DISCARD in bit 30, a u32 page
-offset, the payload, padded to 8 bytes.
+only, a page with the producer position and the data area mapped twice in a row, so that a batch
+that wraps is contiguous.  A record is a u32 length with BUSY in bit 31 and DISCARD in bit 30, a u32
+page offset, the payload, padded to 8 bytes.
 
 Order: the kernel publishes a record with xchg() and the producer position with a store-release.  On
-x86-64 plain loads are acquires and an aligned 8-byte store is a release, and numpy's copies are opaque
-calls that no compiler reorders, so position, headers, payload, consumer position is the right order.
-KVM's MMU faults exist on x86 only; other machines are refused.
+x86-64 plain loads are acquires and an aligned 8-byte store is a release, and numpy's copies are
+opaque calls that no compiler reorders, so position, headers, payload, consumer position is the
+right order.  KVM's MMU faults exist on x86 only; other machines are refused.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Ring:
 
         Raises:
             HostError: this machine is not x86-64.
+
         """
         if platform.machine() != "x86_64":
             raise HostError(f"recording needs x86-64, this is {platform.machine()}")

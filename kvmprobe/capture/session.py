@@ -51,9 +51,9 @@ class Filters:
 class Session:
     """The probes, compiled, loaded and attached.
 
-    `prepare()` compiles and loads; `attach()` attaches, with the programs asleep; `start()` wakes them.
-    Each `drain()` gives what came since; `stop()` detaches and gives the rest.  As a context manager
-    it leaves nothing behind.
+    `prepare()` compiles and loads; `attach()` attaches, with the programs asleep; `start()` wakes
+    them.  Each `drain()` gives what came since; `stop()` detaches and gives the rest.  As a context
+    manager it leaves nothing behind.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Session:
 
         Raises:
             HostError: this host can't be recorded; the message says why and what to do.
+
         """
         problem = access().problem()
         if problem is not None:
@@ -147,6 +148,7 @@ class Session:
 
         Raises:
             HostError: what is left can't record.
+
         """
         while True:
             program = self._need()
@@ -177,8 +179,8 @@ class Session:
     def drain(self) -> NDArray[Any]:
         """Take what came since the last drain: dtype `EVENT`, LOSS events of the period at its end.
 
-        Also sets `tick`, the seconds until the next drain should come: a quarter of the time in which
-        the ring would fill at the present rate.
+        Also sets `tick`, the seconds until the next drain should come: a quarter of the time in
+        which the ring would fill at the present rate.
         """
         ring, now = self._need_ring(), time.monotonic()
         pending = ring.pending()
@@ -240,7 +242,7 @@ class Session:
         return rows
 
     def stop(self) -> NDArray[Any]:
-        """Detach, and give the last events: what is in the ring, and MMIO records that still waited."""
+        """Detach, and give the last events: the ring's, and MMIO records that still waited."""
         program = self._need()
         program.configure(on=0)
         program.detach()

@@ -8,7 +8,7 @@ from kvmprobe.capture.plan import Plan
 from kvmprobe.capture.points import FUNCTIONS, TracepointPoint
 from kvmprobe.probes.schema import HERE
 
-#: In this order; BCC rewrites map accesses only in its main file, so they are put one behind the other.
+#: In this order, one behind the other: BCC rewrites map accesses only in its main file.
 FILES = (
     "events.h",
     "state.h",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,14 +49,12 @@ def find_vm(name: str, proc: Path = Path("/proc")) -> Vm:
 
 
 def _holds_vm(directory: Path) -> bool:
-    return any(
-        os.readlink(entry.path) == "anon_inode:kvm-vm" for entry in os.scandir(directory / "fd")
-    )
+    return any(str(fd.readlink()) == "anon_inode:kvm-vm" for fd in (directory / "fd").iterdir())
 
 
 def _qemu_name(arguments: list[bytes]) -> str | None:
     """The VM's name from QEMU's `-name NAME` or `-name guest=NAME,…`; libvirt uses the latter."""
-    for option, value in zip(arguments, arguments[1:], strict=False):
+    for option, value in itertools.pairwise(arguments):
         if option in (b"-name", b"--name"):
             text = value.decode(errors="replace")
             for part in text.split(","):

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The command: one thin module a subcommand."""

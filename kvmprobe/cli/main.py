@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""The `kvmprobe` command: its subcommands, and the one place where errors become text."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from kvmprobe import __version__
+from kvmprobe.cli import analyze, doctor, info, record, rules
+from kvmprobe.errors import KvmprobeError
+
+app = typer.Typer(
+    name="kvmprobe",
+    help="Watch live KVM hosts for KVM taking memory for MMIO.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (record.record, analyze.analyze, info.info, rules.rules, doctor.doctor):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvmprobe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command and exit.
+
+    Every error of ours is one line on stderr and its own exit status; a usage error is 2.  A reader
+    that closes our output early (`| head`) ends us silently.
+    """
+    try:
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except KvmprobeError as error:
+        status = _fail(str(error), error.exit_code)
+    except TyperException as error:
+        status = _fail(f"{error.format_message().rstrip('.')}; see kvmprobe --help", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    except BrokenPipeError:
+        status = 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        status = _fail(f"can't write the output: {error.strerror}", 1)
+    if sys.stdout.closed or status == 0:
+        _drop_broken_stdout()
+    sys.exit(status)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"kvmprobe: {message}", file=sys.stderr)
+    return status
+
+
+def _drop_broken_stdout() -> None:
+    """Keep the interpreter's last flush from failing aloud on a closed pipe."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
