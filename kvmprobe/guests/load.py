@@ -7,6 +7,7 @@ python -m kvmprobe.guests.load --seconds 2 --rate 1000
 from __future__ import annotations
 
 import argparse
+import os
 import struct
 import sys
 import threading
@@ -238,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     elapsed = time.monotonic() - started
+    print(f"pid {os.getpid()}")
     for name, value in asdict(counts).items():
         print(f"{name} {value}")
     print(f"exits_per_second {counts.exits / elapsed:.0f}")
