@@ -195,8 +195,8 @@ def printable(text: str, longest: int = 60) -> str:
 
 
 def number(value: object) -> int:
-    """A count in untrusted JSON; raises ValueError when it is none."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+    """A count of at most 64 bits in untrusted JSON; raises ValueError when it is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
         raise ValueError("no count")
     return value
 

@@ -28,7 +28,7 @@ def some_rows(count: int, seed: int) -> NDArray[Any]:
     """Events of known types, every other field random in all its bits."""
     random = np.random.default_rng(seed)
     rows = np.frombuffer(random.bytes(count * schema.EVENT.itemsize), schema.EVENT).copy()
-    rows["type"] = random.integers(1, 14, count)
+    rows["type"] = random.integers(1, 15, count)
     return rows
 
 
