@@ -55,7 +55,7 @@ class Coverage:
     @staticmethod
     def attached_in(plan: Iterable[Mapping[str, Any]]) -> frozenset[tuple[str, str]]:
         """Return what a capture's header says was attached."""
-        return frozenset((row["observation"], row["site"]) for row in plan if row["attached"])
+        return frozenset((row["observation"], row["site"] or "") for row in plan if row["attached"])
 
     def sees(self, wanted: Observation) -> bool:
         """Whether an observation was attached at one of the sites that give it in full."""

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: MIT
+"""From captures to an analysis: the one call behind the command and the Python API."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvmprobe.analysis.detector import Detector
+from kvmprobe.analysis.findings import Finding
+from kvmprobe.analysis.integrity import Integrity
+from kvmprobe.analysis.verdict import Coverage, Verdict, judge, merge, worst
+from kvmprobe.analysis.vms import VmNames
+from kvmprobe.probes.schema import Columns
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Reader(Protocol):
+    """What an analysis needs of a capture; `kvmprobe.store.reader.CaptureReader` is one.
+
+    After `batches` came to its end, `truncated` says why the capture ends early (None: it doesn't),
+    `damaged` lists what was refused, and `unknown_events` counts events by unknown type.
+    """
+
+    @property
+    def path(self) -> Any:  # noqa: ANN401 - anything with a text form
+        """Where the capture is."""
+
+    @property
+    def header(self) -> Mapping[str, Any]:
+        """The capture's header."""
+
+    @property
+    def truncated(self) -> str | None:
+        """Why the capture ends early."""
+
+    @property
+    def damaged(self) -> Sequence[object]:
+        """Parts that were refused."""
+
+    @property
+    def unknown_events(self) -> Mapping[int, int]:
+        """Events of types this version doesn't know."""
+
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[Columns]:
+        """The events."""
+
+
+@dataclass(frozen=True, eq=False)
+class CaptureAnalysis:
+    """What one capture says.  `coverage` is what it could have shown."""
+
+    path: str
+    header: Mapping[str, Any]
+    integrity: Integrity
+    coverage: Coverage
+    names: VmNames
+    findings: tuple[Finding, ...]
+    verdicts: Mapping[str, Verdict]
+
+    def since_start(self, ts: int) -> int:
+        """Turn an event's time into ns since the capture's `started`.
+
+        A capture that doesn't know its clock is told in the clock's own time.
+        """
+        return ts - int(self.header["clock"]["monotonic_ns"] or 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What all captures together say; findings keep to their captures, in order."""
+
+    captures: tuple[CaptureAnalysis, ...]
+
+    @property
+    def findings(self) -> list[tuple[CaptureAnalysis, Finding]]:
+        """Every finding with its capture."""
+        return [(capture, finding) for capture in self.captures for finding in capture.findings]
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """The worst verdict on each fault."""
+        return merge([capture.verdicts for capture in self.captures])
+
+    @property
+    def verdict(self) -> str:
+        """The worst verdict of all."""
+        return worst(v.verdict for v in self.verdicts.values())
+
+    @property
+    def events(self) -> int:
+        """Events analysed."""
+        return sum(capture.integrity.total for capture in self.captures)
+
+    @property
+    def observations(self) -> Counter[int]:
+        """Events analysed, by type."""
+        counts: Counter[int] = Counter()
+        for capture in self.captures:
+            counts.update(capture.integrity.events)
+        return counts
+
+    @property
+    def lost(self) -> int:
+        """Records known to be lost."""
+        return sum(capture.integrity.lost_total for capture in self.captures)
+
+    def to_document(self) -> dict[str, Any]:
+        """Return the public JSON document, schema kvmprobe.analysis/1."""
+        from kvmprobe.analysis.document import document
+
+        return document(self)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the findings as a DataFrame, one row each, without their evidence."""
+        from kvmprobe.analysis.frame import findings_frame
+
+        return findings_frame(self)
+
+
+def analyze(readers: Iterable[Reader], *, jit: bool = True) -> Analysis:
+    """Analyse captures, each by itself, one after the other, in constant memory.
+
+    Args:
+        readers: opened captures.
+        jit: compile the detector where numba is installed.
+
+    Raises:
+        CaptureError: a capture can't be read on.
+
+    """
+    return Analysis(tuple(_analyze(reader, jit=jit) for reader in readers))
+
+
+def _analyze(reader: Reader, *, jit: bool) -> CaptureAnalysis:
+    detector, integrity, names = Detector(jit=jit), Integrity(), VmNames()
+    for columns in reader.batches():
+        detector.feed(columns)
+        integrity.feed(columns)
+        names.feed(columns)
+    coverage = Coverage(
+        attached=Coverage.attached_in(reader.header["plan"]),
+        lost=integrity.lost_by_observation(),
+        # Events of unknown types and refused batches leave gaps too, and are told by themselves.
+        unexplained=0 if reader.damaged or reader.unknown_events else integrity.unexplained,
+        anomalies=integrity.anomaly_counts.total(),
+        unknown=sum(reader.unknown_events.values()),
+        damaged=len(reader.damaged),
+        truncated=reader.truncated,
+    )
+    findings = tuple(detector.findings())
+    return CaptureAnalysis(
+        path=str(reader.path),
+        header=reader.header,
+        integrity=integrity,
+        coverage=coverage,
+        names=names,
+        findings=findings,
+        verdicts=judge(findings, detector.acquittals(), coverage),
+    )
