@@ -21,6 +21,8 @@ from kvmprobe.store.reader import CaptureReader, Damage
 if TYPE_CHECKING:
     import pandas as pd
 
+    from kvmprobe.analysis.run import Analysis
+
 #: Most events that become one DataFrame without a limit: about 1.4 GB.
 MAX_FRAME_EVENTS = 20_000_000
 
@@ -175,6 +177,40 @@ class Capture:
         types = (schema.Type.MEMSLOT,)
         return frames.memslots_frame(self._gather(_ALL, vm, vcpu, since, until, types), self.header)
 
+    def analysis(self) -> Analysis:
+        """What the rules say of this capture: findings, and a verdict on each fault."""
+        from kvmprobe.analysis.run import analyze
+
+        return analyze([self._reader])
+
+    def findings(
+        self,
+        *,
+        vm: int | None = None,
+        vcpu: int | None = None,
+        since: When | None = None,
+        until: When | None = None,
+    ) -> pd.DataFrame:
+        """The findings of the whole capture, one a row; `analysis.frame` describes the columns.
+
+        The filters choose among them: those of a VM or vCPU, and those that were seen at some time
+        between `since` and `until`.  No finding does not mean no fault: see `analysis().verdicts`.
+        """
+        begin, end = self._ticks(since), self._ticks(until)
+        found = self.analysis().to_frame()
+        self._warn(stacklevel=3)
+        keep = np.ones(len(found), bool)
+        if vm is not None:
+            keep &= found["vm"].to_numpy() == vm
+        if vcpu is not None:
+            keep &= found["vcpu"].to_numpy() == vcpu
+        start = self.header["clock"]["monotonic_ns"] or 0
+        if begin is not None:
+            keep &= found["last_ns"].to_numpy() >= int(begin) - start
+        if end is not None:
+            keep &= found["first_ns"].to_numpy() < int(end) - start
+        return found[keep].reset_index(drop=True)
+
     def _gather(
         self,
         fields: Iterable[str],
@@ -217,7 +253,7 @@ class Capture:
             rows += size
             if limit is None:
                 self._check_size(rows, row_bytes, at_least=True)
-        self._warn()
+        self._warn(stacklevel=4)
         # Taken out one by one, so that only one column is there twice.
         return {
             name: np.concatenate([np.empty(0, schema.EVENT[name]), *parts.pop(name)])
@@ -255,7 +291,7 @@ class Capture:
                 "use batches(), a filter, fewer columns or limit="
             )
 
-    def _warn(self) -> None:
+    def _warn(self, stacklevel: int) -> None:
         """Tell the caller of a DataFrame what it lacks."""
         problems = [f"batch {d.batch_index} is damaged: {d.reason}" for d in self.damaged[:1]]
         if len(self.damaged) > 1:
@@ -266,7 +302,7 @@ class Capture:
             total = sum(self.unknown_events.values())
             problems.append(f"{total} events are of types this kvmprobe doesn't know")
         if problems:
-            warnings.warn(f"{self.path}: {'; '.join(problems)}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"{self.path}: {'; '.join(problems)}", RuntimeWarning, stacklevel)
 
 
 _ALL = tuple(f.name for f in schema.FIELDS)

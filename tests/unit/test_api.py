@@ -224,15 +224,23 @@ def test_too_many_events_for_a_frame(path: Path, monkeypatch: pytest.MonkeyPatch
         assert len(capture.events(limit=6)) == 6
 
 
-@pytest.mark.parametrize("read", [kvmprobe.Capture.events, kvmprobe.Capture.fills])
+@pytest.mark.parametrize(
+    ("read", "rows"),
+    [
+        (kvmprobe.Capture.events, 5),
+        (kvmprobe.Capture.fills, 5),
+        (kvmprobe.Capture.memslots, 0),
+        (kvmprobe.Capture.findings, 0),
+    ],
+)
 def test_what_is_missing_is_warned_of(
-    path: Path, read: Callable[[kvmprobe.Capture], pd.DataFrame]
+    path: Path, read: Callable[[kvmprobe.Capture], pd.DataFrame], rows: int
 ) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-9])
     with kvmprobe.open(path) as capture:
         with pytest.warns(RuntimeWarning, match="no end mark") as warned:
-            assert len(read(capture)) == 5
+            assert len(read(capture)) == rows
         assert warned[0].filename == __file__
         assert capture.truncated is not None
         assert capture.damaged == []
@@ -261,3 +269,30 @@ def test_importing_kvmprobe_is_cheap() -> None:
 def test_nothing_else_hides_in_the_package() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = kvmprobe.nothing
+
+
+def test_findings(tmp_path: Path) -> None:
+    known = Flag.L2 | Flag.LEVEL_KNOWN | Flag.SLOT_KNOWN | Flag.AS_KNOWN
+    rows = [
+        fill(at, 0xFFFBD000, vcpu=vcpu, seq=1, slot=schema.SLOT_TSS, flags=known)
+        for at, vcpu in ((1000, 0), (2000, 1))
+    ]
+    write(tmp_path / "c", np.concatenate(rows))
+    with kvmprobe.open(tmp_path / "c") as capture:
+        found = capture.findings()
+        assert found["rule"].tolist() == ["internal-slot-fill"] * 2
+        assert found["gpa"].tolist() == [0xFFFBD000] * 2
+        assert found["gpa"].dtype == np.uint64
+        assert found["first_ns"].tolist() == [1000, 2000]
+        assert capture.analysis().verdicts["internal-slot"].verdict == "vulnerable"
+        for filters, vcpus in (
+            ({"vcpu": 1}, [1]),
+            ({"vm": 1}, [0, 1]),
+            ({"vm": 2}, []),
+            ({"since": 1001}, [1]),
+            ({"until": 2000}, [0]),
+            ({"since": 1000, "until": 1001}, [0]),
+        ):
+            chosen = capture.findings(**filters)
+            assert chosen["vcpu"].tolist() == vcpus, filters
+            assert chosen.index.tolist() == list(range(len(vcpus)))
