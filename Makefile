@@ -5,6 +5,8 @@ SYSTEM_PYTHON ?= /usr/bin/python3
 PREFIX ?= /usr/local
 
 export PYTHON
+# Debian keeps bpftool where an unprivileged user's PATH does not look.
+export PATH := $(PATH):/usr/sbin:/sbin
 BIN := .venv/bin
 RUN := tools/as user $(BIN)/python -m
 CAPTURE := tests/data/golden/intel-6.1-tss.kvmprobe
