@@ -20,7 +20,9 @@ def shown(command: str) -> list[str]:
     text = (ROOT / "README.md").read_text()
     block = re.search("```console\n\\$ " + re.escape(command) + "\n(.*?)```", text, re.S)
     assert block is not None, f"README.md does not show {command!r}"
-    return block[1].split("  ...\n")
+    pieces = [piece for piece in block[1].split("  ...\n") if piece]
+    assert pieces, f"README.md shows nothing behind {command!r}"
+    return pieces
 
 
 def test_the_finding_shown_is_what_analyze_prints() -> None:
