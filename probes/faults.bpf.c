@@ -55,9 +55,10 @@ static __always_inline int on_fault_entry(u64 vcpu, u64 addr, u64 error)
 {
 	struct thread_state *thread;
 	struct now n = {};
+	int answer = arrive(&n, vcpu, KVMPROBE_AT_PAGE_FAULT, 0);
 
-	if (arrive(&n, vcpu, KVMPROBE_AT_PAGE_FAULT, 0))
-		return 0;
+	if (answer)
+		return answer;
 	thread = current_thread();
 	if (!thread) {
 		count(KVMPROBE_LOST_STATE, KVMPROBE_FAULT);
@@ -65,8 +66,7 @@ static __always_inline int on_fault_entry(u64 vcpu, u64 addr, u64 error)
 	}
 	if (thread->fault_ts)
 		count(KVMPROBE_LOST_EXIT, KVMPROBE_FAULT);
-	/* Faults are no place to sample, but an unseen poisoned entry must be reported before it is used. */
-	if (n.st->refill == KVMPROBE_AT_FIRST_SIGHT || error & PFERR_RSVD)
+	if (error & PFERR_RSVD) /* the cache may be believed now */
 		sample_cache(&n, KVMPROBE_AT_RSVD);
 	thread->fault_flags = n.st->flags;
 	n.st->matched = 0;
@@ -113,11 +113,10 @@ static __always_inline int on_page_fault_tp(u64 vcpu, u64 addr, u64 error)
 {
 	struct kvmprobe_event e = {};
 	struct now n = {};
+	int answer = arrive(&n, vcpu, KVMPROBE_AT_PAGE_FAULT_TP, 0);
 
-	if (arrive(&n, vcpu, KVMPROBE_AT_PAGE_FAULT_TP, 0))
-		return 0;
-	if (n.st->refill == KVMPROBE_AT_FIRST_SIGHT)
-		sample_cache(&n, KVMPROBE_AT_PAGE_FAULT_TP);
+	if (answer)
+		return answer;
 	begin(&e, n.st, KVMPROBE_FAULT, KVMPROBE_AT_PAGE_FAULT_TP);
 	e.addr = addr;
 	e.value = error;
@@ -260,7 +259,12 @@ static __always_inline int on_noslot_exit(s32 ret)
 #ifdef WITH_KPROBE
 int kprobe_fault_entry(struct pt_regs *ctx)
 {
-	return on_fault_entry(PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx));
+	if (on_fault_entry(PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx)) == UNKNOWN) {
+		interrupt(KVMPROBE_AT_PAGE_FAULT);
+		introduce_kprobe.call(ctx, 0);
+		count(KVMPROBE_LOST_STATE, KVMPROBE_FAULT);
+	}
+	return 0;
 }
 
 int kprobe_fault_exit(struct pt_regs *ctx)
@@ -294,7 +298,11 @@ int kprobe_noslot_exit(struct pt_regs *ctx)
  * at exit, the return value behind them.  BCC finds the target in the program's name. */
 int FENTRY_FAULT(struct bpf_raw_tracepoint_args *ctx)
 {
-	return on_fault_entry(ctx->args[0], ctx->args[1], ctx->args[2]);
+	/* Tail calls between fentry programs need one target, so introduce() is compiled in here. */
+	if (on_fault_entry(ctx->args[0], ctx->args[1], ctx->args[2]) == UNKNOWN &&
+	    !introduce(ctx->args[0], KVMPROBE_AT_PAGE_FAULT))
+		on_fault_entry(ctx->args[0], ctx->args[1], ctx->args[2]);
+	return 0;
 }
 
 int FEXIT_FAULT(struct bpf_raw_tracepoint_args *ctx)
@@ -326,7 +334,12 @@ int FEXIT_NOSLOT(struct bpf_raw_tracepoint_args *ctx)
 #ifdef WITH_PAGE_FAULT_TP
 int tp_kvm_page_fault(struct bpf_raw_tracepoint_args *ctx)
 {
-	return on_page_fault_tp(ctx->args[0], ctx->args[1], ctx->args[2]);
+	if (on_page_fault_tp(ctx->args[0], ctx->args[1], ctx->args[2]) == UNKNOWN) {
+		interrupt(KVMPROBE_AT_PAGE_FAULT_TP);
+		introduce_tp.call(ctx, 0);
+		count(KVMPROBE_LOST_STATE, KVMPROBE_FAULT);
+	}
+	return 0;
 }
 #endif
 

@@ -13,10 +13,11 @@ static __always_inline int on_emulate_insn(u64 vcpu, u8 failed)
 {
 	struct kvmprobe_event e = {};
 	struct now n = {};
+	int answer = arrive(&n, vcpu, KVMPROBE_AT_EMULATE_INSN, !failed);
 	u64 ctxt;
 
-	if (arrive(&n, vcpu, KVMPROBE_AT_EMULATE_INSN, !failed))
-		return 0;
+	if (answer)
+		return answer;
 	sample_cache(&n, KVMPROBE_AT_EMULATE_INSN);
 	n.st->matched = 0;
 	begin(&e, n.st, KVMPROBE_EMULATE, KVMPROBE_AT_EMULATE_INSN);
@@ -33,9 +34,10 @@ static __always_inline int on_emulate_insn(u64 vcpu, u8 failed)
 static __always_inline int on_entry(u64 vcpu)
 {
 	struct now n = {};
+	int answer = arrive(&n, vcpu, KVMPROBE_AT_ENTRY, 0);
 
-	if (arrive(&n, vcpu, KVMPROBE_AT_ENTRY, 0))
-		return 0;
+	if (answer)
+		return answer;
 	sample_cache(&n, KVMPROBE_AT_ENTRY);
 	return 0;
 }
@@ -197,12 +199,22 @@ static __always_inline int on_check_spte(u64 spte, u32 kvm_gen, u32 spte_gen)
 
 int tp_kvm_emulate_insn(struct bpf_raw_tracepoint_args *ctx)
 {
-	return on_emulate_insn(ctx->args[0], ctx->args[1]);
+	if (on_emulate_insn(ctx->args[0], ctx->args[1]) == UNKNOWN) {
+		interrupt(KVMPROBE_AT_EMULATE_INSN);
+		introduce_tp.call(ctx, 0);
+		count(KVMPROBE_LOST_STATE, KVMPROBE_EMULATE);
+	}
+	return 0;
 }
 
 int tp_kvm_entry(struct bpf_raw_tracepoint_args *ctx)
 {
-	return on_entry(ctx->args[0]);
+	if (on_entry(ctx->args[0]) == UNKNOWN) {
+		interrupt(KVMPROBE_AT_ENTRY);
+		introduce_tp.call(ctx, 0);
+		count(KVMPROBE_LOST_STATE, KVMPROBE_CACHE);
+	}
+	return 0;
 }
 
 int tp_vcpu_match_mmio(struct bpf_raw_tracepoint_args *ctx)

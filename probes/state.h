@@ -12,6 +12,7 @@ BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 /* Counters by cause and observation, one set a CPU; cause 0 counts what was sent. */
 #define CAUSES 7
 #define TYPES 16
+#define SITES 32
 struct counters {
 	u64 n[CAUSES * TYPES];
 };
@@ -68,6 +69,7 @@ struct vcpu_state {
 	u8 matched;                 /* the cache was believed during this instruction */
 	u8 refill;                  /* site of a fill to be read back at the next sample; 0: none */
 	u8 smm_seen;
+	u8 replaced;                /* another vCPU lies at this address now */
 };
 BPF_TABLE("lru_hash", u64, struct vcpu_state, vcpus, 16384);
 BPF_ARRAY(fresh_vcpu, struct vcpu_state, 1); /* all zero, never written */

@@ -39,11 +39,11 @@ static __always_inline u32 read_flags(u64 vcpu, u8 type)
 	return flags;
 }
 
-static __always_inline void read_now(struct now *n, u64 kvm, u8 type)
+static __always_inline void read_now(struct now *n, u64 kvm, u32 flags, u8 type)
 {
 	struct memslots zero;
 
-	n->smm = !!(n->st->flags & KVMPROBE_F_SMM);
+	n->smm = !!(flags & KVMPROBE_F_SMM);
 	read_memslots(&n->slots, kvm, n->smm, type);
 	n->gen0 = n->slots.gen;
 	if (n->smm) {
@@ -305,10 +305,16 @@ static __always_inline void send_generation(struct now *n, u64 before, u8 site)
 	send(&e);
 }
 
+/* What arrive() answers. */
+#define ARRIVED 0
+#define NOT_WANTED 1 /* filtered out */
+#define UNKNOWN 2    /* introduce the vCPU, then run the program again */
+
 /*
  * A program that is given its vCPU begins here: it binds thread and vCPU, tells a new vCPU at an old
- * address from the old one, reports what changed since the last arrival, and returns 0, or -1 when
- * the event is not to be recorded.  `emulating`: at kvm_emulate_insn, before the instruction is counted.
+ * address from the old one, and reports what changed since the last arrival.  What happens rarely and
+ * takes long is done by introduce().  `emulating`: at kvm_emulate_insn, before the instruction is
+ * counted.
  */
 static __always_inline int arrive(struct now *n, u64 vcpu, u8 site, int emulating)
 {
@@ -317,46 +323,35 @@ static __always_inline int arrive(struct now *n, u64 vcpu, u8 site, int emulatin
 	struct config *cfg = get_config();
 	struct thread_state *thread;
 	struct vcpu_state *st;
-	u64 kvm, exits, insns, gen_before;
-	struct vm_state *vm;
-	struct vm_key key;
-	int first, moved;
+	u64 kvm, exits, insns;
 
 	if (!cfg || !cfg->on || (cfg->tgid && cfg->tgid != tgid))
-		return -1;
+		return NOT_WANTED;
 	if (cfg->vcpu != ~0U && cfg->vcpu != read_u32(vcpu + OFF_VCPU_ID, KVMPROBE_LIFECYCLE))
-		return -1;
+		return NOT_WANTED;
 	thread = threads.lookup(&tid);
-	if (!thread) {
-		struct thread_state fresh = {};
-
-		fresh.vcpu = vcpu;
-		threads.update(&tid, &fresh);
-	} else {
-		thread->vcpu = vcpu;
-	}
+	st = vcpus.lookup(&vcpu);
+	if (!thread || !st)
+		return UNKNOWN;
 	kvm = read_u64(vcpu + OFF_VCPU_KVM, KVMPROBE_LIFECYCLE);
 	exits = read_u64(vcpu + OFF_VCPU_EXITS, KVMPROBE_LIFECYCLE);
 	insns = emulating ? read_u64(vcpu + OFF_VCPU_INSNS, KVMPROBE_LIFECYCLE) : 0;
-	st = vcpus.lookup(&vcpu);
 	/* KVM's counters of one vCPU never go back; insn_emulation is counted after this tracepoint, so
 	 * it also never stands still from one instruction to the next. */
-	if (st && (st->kvm != kvm || st->tgid != tgid || exits < st->exits ||
-		   (emulating && st->insns > insns))) {
-		send_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_FIRST_SIGHT);
-		st = 0;
-	}
-	first = !st;
-	if (first)
-		st = new_vcpu(vcpu, kvm);
-	if (!st)
-		return -1;
-	flush_mmio(st);
+	st->replaced = st->kvm != kvm || st->tgid != tgid || exits < st->exits ||
+		       (emulating && st->insns > insns);
+	if (st->replaced || st->tid != tid)
+		return UNKNOWN;
+	flags = read_flags(vcpu, KVMPROBE_NESTING);
 	n->vcpu = vcpu;
 	n->st = st;
+	read_now(n, kvm, flags, KVMPROBE_GENERATION);
 	before = st->flags;
-	gen_before = st->gen;
-	flags = read_flags(vcpu, KVMPROBE_NESTING);
+	if (cfg->generation_by_diff && st->gen != n->slots.gen && !((before ^ flags) & KVMPROBE_F_SMM))
+		return UNKNOWN;
+	st->gen = n->slots.gen;
+	thread->vcpu = vcpu;
+	flush_mmio(st);
 	st->smm_seen |= !!(flags & KVMPROBE_F_SMM);
 	if (st->smm_seen)
 		flags |= KVMPROBE_F_SMM_SEEN;
@@ -364,34 +359,108 @@ static __always_inline int arrive(struct now *n, u64 vcpu, u8 site, int emulatin
 	st->exits = exits;
 	if (emulating)
 		st->insns = insns + 1;
-	st->tgid = tgid;
-	st->tid = tid;
-	read_now(n, kvm, KVMPROBE_GENERATION);
-	st->gen = n->slots.gen;
-	moved = cfg->generation_by_diff && gen_before != st->gen && !((before ^ flags) & KVMPROBE_F_SMM);
-	if (first || moved) {
-		make_vm_key(&key, kvm);
-		vm = get_vm(&key);
-		if (!vm) {
-			vcpus.delete(&vcpu);
-			return -1;
-		}
-		st->vm = vm->vm;
-		report_internal_slots(vm, kvm);
-	}
-	if (first) {
-		st->sampled_flags = flags;
-		st->refill = KVMPROBE_AT_FIRST_SIGHT;
-		send_lifecycle(st, KVMPROBE_VCPU_SEEN, KVMPROBE_AT_FIRST_SIGHT);
-		return 0;
-	}
 	if ((before ^ flags) & KVMPROBE_F_L2)
 		send_change(st, KVMPROBE_NESTING, site, !!(flags & KVMPROBE_F_L2));
 	if ((before ^ flags) & KVMPROBE_F_SMM)
 		send_change(st, KVMPROBE_SMM, site, !!(flags & KVMPROBE_F_SMM));
-	if (moved)
-		send_generation(n, gen_before, site);
+	return ARRIVED;
+}
+
+/*
+ * What arrive() left: a vCPU that its thread has not brought before, or a generation that moved where no
+ * function probe tells.  Binds the thread, numbers the VM, and reports who the vCPU is, the internal
+ * slots of its VM, and its cache as found.  Returns 0 when arrive() will know the vCPU.
+ */
+static __always_inline int introduce(u64 vcpu, u8 site)
+{
+	u32 tid = (u32)bpf_get_current_pid_tgid();
+	struct thread_state thread = {};
+	struct vcpu_state *st;
+	struct vm_state *vm;
+	struct vm_key key;
+	struct now n = {};
+	int known;
+
+	make_vm_key(&key, read_u64(vcpu + OFF_VCPU_KVM, KVMPROBE_LIFECYCLE));
+	vm = get_vm(&key);
+	if (!vm)
+		return -1;
+	thread.vcpu = vcpu;
+	threads.update(&tid, &thread);
+	st = vcpus.lookup(&vcpu);
+	known = st && !st->replaced && st->vm == vm->vm;
+	if (st)
+		flush_mmio(st);
+	if (st && !known)
+		send_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_FIRST_SIGHT);
+	if (!known)
+		st = new_vcpu(vcpu, key.kvm);
+	if (!st)
+		return -1;
+	n.vcpu = vcpu;
+	n.st = st;
+	st->tid = tid;
+	if (!known) {
+		st->vm = vm->vm;
+		st->tgid = key.tgid;
+		st->flags = read_flags(vcpu, KVMPROBE_LIFECYCLE);
+		st->smm_seen = !!(st->flags & KVMPROBE_F_SMM);
+		send_lifecycle(st, KVMPROBE_VCPU_SEEN, KVMPROBE_AT_FIRST_SIGHT);
+	}
+	read_now(&n, key.kvm, st->flags, KVMPROBE_CACHE);
+	if (known && st->gen != n.slots.gen)
+		send_generation(&n, st->gen, site);
+	st->gen = n.slots.gen;
+	if (!known) {
+		st->refill = KVMPROBE_AT_FIRST_SIGHT;
+		sample_cache(&n, KVMPROBE_AT_FIRST_SIGHT);
+	}
+	report_internal_slots(vm, key.kvm);
 	return 0;
+}
+
+/*
+ * introduce() is a program of its own, so that its bulk is compiled and verified once and not in every
+ * program that arrives.  A program that meets an UNKNOWN vCPU calls it, and it calls the program again,
+ * by its site.  Tail calls need programs of one type, hence two sets.
+ */
+BPF_PERCPU_ARRAY(interrupted, u32, 1);
+BPF_PROG_ARRAY(introduce_tp, 1);
+BPF_PROG_ARRAY(again_tp, SITES);
+
+int tp_introduce(struct bpf_raw_tracepoint_args *ctx)
+{
+	int zero = 0;
+	u32 *site = interrupted.lookup(&zero);
+
+	if (site && !introduce(ctx->args[0], (u8)*site))
+		again_tp.call(ctx, *site);
+	return 0;
+}
+
+#ifdef WITH_KPROBE
+BPF_PROG_ARRAY(introduce_kprobe, 1);
+BPF_PROG_ARRAY(again_kprobe, SITES);
+
+int kprobe_introduce(struct pt_regs *ctx)
+{
+	int zero = 0;
+	u32 *site = interrupted.lookup(&zero);
+
+	if (site && !introduce(PT_REGS_PARM1(ctx), (u8)*site))
+		again_kprobe.call(ctx, *site);
+	return 0;
+}
+#endif
+
+/* Remember which program is to run again; a tail call that fails loses the event. */
+static __always_inline void interrupt(u32 at)
+{
+	int zero = 0;
+	u32 *site = interrupted.lookup(&zero);
+
+	if (site)
+		*site = at;
 }
 
 /*
@@ -413,6 +482,6 @@ static __always_inline int resume(struct now *n, u64 vcpu, u8 type)
 		return -1;
 	n->vcpu = vcpu;
 	n->st = st;
-	read_now(n, st->kvm, type);
+	read_now(n, st->kvm, st->flags, type);
 	return 0;
 }

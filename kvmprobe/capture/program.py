@@ -20,9 +20,17 @@ from kvmprobe.capture.plan import Attachment, Plan
 from kvmprobe.capture.points import FunctionPoint
 from kvmprobe.capture.source import fentry_name
 from kvmprobe.errors import HostError
+from kvmprobe.host.bpf import tracing_problem
 from kvmprobe.host.headers import header_directory
-from kvmprobe.probes.schema import Type
+from kvmprobe.probes.schema import Site, Type
 
+#: Programs that arrive() at a vCPU, and the site by which introduce() calls each again.
+_ARRIVING = {
+    "tp_kvm_emulate_insn": int(Site.EMULATE_INSN),
+    "tp_kvm_entry": int(Site.ENTRY),
+    "tp_kvm_page_fault": int(Site.PAGE_FAULT_TP),
+    "kprobe_fault_entry": int(Site.PAGE_FAULT),
+}
 #: struct counters of probes/state.h: causes by observations.
 COUNTERS = (7, 16)
 
@@ -48,6 +56,7 @@ class Program:
         """
         self._bcc = bcc
         self._bpf: Any = None
+        self._loaded: dict[str, Attachment] = {}
         self._attached: list[tuple[str, str]] = []
         with _compiler_headers(kernel_headers), captured_stderr() as said:
             try:
@@ -69,6 +78,19 @@ class Program:
         for attachment in plan.active():
             for name, kind in _programs(attachment, fentry_prefix):
                 self.load_one(name, kind, attachment.target)
+                self._loaded[name] = attachment
+        self._link("tp", "raw_tracepoint")
+        if any(a.method == "kprobe" for a in plan.active()):
+            self._link("kprobe", "kprobe")
+
+    def _link(self, prefix: str, kind: str) -> None:
+        """Fill the tail-call tables of probes/vcpu.h: to introduce(), and back by site."""
+        introduce = self.load_one(f"{prefix}_introduce", kind, "introduce")
+        self._bpf[f"introduce_{prefix}"][ctypes.c_int(0)] = ctypes.c_int(introduce)
+        for program, site in _ARRIVING.items():
+            if program in self._loaded and program.startswith(prefix):
+                fd = self._bpf.funcs[program.encode()].fd
+                self._bpf[f"again_{prefix}"][ctypes.c_int(site)] = ctypes.c_int(fd)
 
     def attach(self, plan: Plan, fentry_prefix: str) -> None:
         """Attach all programs of the plan, tracepoints last.
@@ -81,8 +103,8 @@ class Program:
             for name, kind in _programs(attachment, fentry_prefix):
                 self._attach(name, kind, attachment.target)
 
-    def load_one(self, name: str, kind: str, target: str) -> None:
-        """Load one program.
+    def load_one(self, name: str, kind: str, target: str) -> int:
+        """Load one program and return its descriptor.
 
         Raises:
             AttachError: the kernel refused it.
@@ -98,7 +120,7 @@ class Program:
         }
         with captured_stderr() as said:
             try:
-                self._bpf.load_func(name.encode(), kinds[kind])
+                return int(self._bpf.load_func(name.encode(), kinds[kind]).fd)
             except Exception as error:
                 raise AttachError(target, f"refused: {_first_line(said(), error)}") from None
 
@@ -173,22 +195,17 @@ class Program:
         """MMIO records that still wait for a userspace exit, as their 56 bytes each."""
         return [bytes(state.mmio) for state in self._bpf["vcpus"].values() if state.mmio_waits]
 
-    def recursion_misses(self) -> dict[str, int]:
-        """How often the kernel skipped each program because another ran on that CPU."""
-        misses = {}
-        for name, function in self._bpf.funcs.items():
-            info = Path(f"/proc/self/fdinfo/{function.fd}").read_text(encoding="ascii")
+    def recursion_misses(self) -> dict[Type, int]:
+        """How often the kernel skipped a program because another ran on its CPU."""
+        misses: dict[Type, int] = {}
+        for name, attachment in self._loaded.items():
+            fd = self._bpf.funcs[name.encode()].fd
+            info = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii")
             found = re.search(r"^recursion_misses:\s+(\d+)$", info, re.MULTILINE)
-            misses[name.decode()] = int(found[1]) if found else 0
+            if found and attachment.point.sees:
+                observation = attachment.point.sees[0][0]
+                misses[observation] = misses.get(observation, 0) + int(found[1])
         return misses
-
-
-def program_observation(name: str, plan: Plan, fentry_prefix: str) -> Type | None:
-    """The observation that suffers when a program is skipped; None for a helper without one."""
-    for attachment in plan.active():
-        if any(name == program for program, _ in _programs(attachment, fentry_prefix)):
-            return attachment.point.sees[0][0] if attachment.point.sees else None
-    return None
 
 
 def fentry_problem(bcc: ModuleType, module: str, function: str) -> tuple[str | None, str]:
@@ -197,15 +214,17 @@ def fentry_problem(bcc: ModuleType, module: str, function: str) -> tuple[str | N
     Returns why it can't be done (None: it can), and the prefix that this BCC wants in names: since
     0.29 the module's, before that none, and then functions of modules can't be reached.
     """
+    problem = tracing_problem()
+    if problem is not None:
+        return problem, ""
     if not hasattr(bcc.BPF, "TRACING"):
-        return "BCC has no support for it", ""
+        return "this BCC does not know it", ""
     prefixes = (f"{module}__", "")
     names = [fentry_name("kfunc", prefix, function) for prefix in prefixes]
     text = "".join(
         f"int {name}(struct bpf_raw_tracepoint_args *ctx) {{ return 0; }}\n" for name in names
     )
     program = Program(bcc, text, None)
-    problem = ""
     try:
         for name, prefix in zip(names, prefixes, strict=True):
             try:

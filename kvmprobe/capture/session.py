@@ -18,7 +18,6 @@ from kvmprobe.capture.program import (
     AttachError,
     Program,
     fentry_problem,
-    program_observation,
 )
 from kvmprobe.capture.ring import Ring
 from kvmprobe.capture.source import VM_NUMBERS, program_text
@@ -72,7 +71,7 @@ class Session:
         self._refused: dict[str, str] = {}
         self._next_vm = 1
         self._counted = np.zeros(0, "<u8")
-        self._misses: dict[str, int] = {}
+        self._misses: dict[Type, int] = {}
         self._misses_read = 0.0
         self.tick = _MIN_TICK
         self._last_drain = 0.0
@@ -233,11 +232,10 @@ class Session:
 
     def _recursion_losses(self, program: Program) -> list[tuple[int, int, int, int]]:
         rows = []
-        for name, misses in program.recursion_misses().items():
-            more = misses - self._misses.get(name, 0)
-            self._misses[name] = misses
-            observation = program_observation(name, self.plan, self._fentry_prefix)
-            if more and observation is not None:
+        for observation, misses in program.recursion_misses().items():
+            more = misses - self._misses.get(observation, 0)
+            self._misses[observation] = misses
+            if more:
                 rows.append((more, _NO_CPU, int(LossCause.RECURSION), int(observation)))
         return rows
 

@@ -12,8 +12,8 @@ def exposure(vendor: str | None, parameters: Mapping[str, str]) -> str:
     """Say whether KVM makes hidden memslots (TSS, identity map) for its VMs here, and why.
 
     KVM makes the TSS slot in vmx_set_tss_addr() only without unrestricted guest, and the identity
-    map in vmx_vcpu_create() only with EPT and without unrestricted guest; SVM makes neither.  L2 can
-    touch them only with nesting.
+    map in vmx_vcpu_create() only with EPT and without unrestricted guest; SVM makes neither.  L2
+    can touch them only with nesting.
     """
     if vendor == "amd":
         return "unreachable: kvm_amd makes neither a TSS nor an identity-map slot"
