@@ -67,7 +67,7 @@ def find_program(name: str, package: str) -> str:
 def run_program(command: list[str], *, cwd: Path | None = None, stdin: str | None = None) -> str:
     """Run a program to its end and return its standard output.
 
-    Raises LabError with the last line of its standard error when it fails.
+    Raises LabError with the line of its standard error that tells most when it fails.
     """
     done = subprocess.run(
         command,
@@ -81,7 +81,9 @@ def run_program(command: list[str], *, cwd: Path | None = None, stdin: str | Non
     )
     if done.returncode:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        reason = lines[-1] if lines else "it said nothing"
+        # What went wrong comes first, and then what went wrong because of it.
+        errors = [line for line in lines if "error: " in line.lower()]
+        reason = (errors[:1] or lines[-1:] or ["it said nothing"])[0]
         raise LabError(f"{Path(command[0]).name} failed with status {done.returncode}: {reason}")
     return done.stdout
 

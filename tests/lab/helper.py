@@ -22,7 +22,7 @@ from tests.lab.packages import Package, Release
 from tests.lab.rootfs import bootstrap
 
 _SOURCE = Path(__file__).with_name("slot")
-_TOOLS = ("gcc", "make", "libc6-dev", "libelf1", "zlib1g")
+_TOOLS = ("gcc", "make", "libc6-dev")
 
 
 def get_helper(kernel: Kernel, release_name: str) -> Path:
@@ -54,14 +54,14 @@ def _headers(release: Release, package: Package) -> list[Package]:
     return found
 
 
-def _compiler(package: Package) -> list[str]:
-    """Return the compiler package(s) the headers ask for, such as gcc-12."""
-    names = [name for name, _ in package.depends if name.startswith("gcc-")]
-    return [name.removesuffix("-for-host") for name in names]
+def _tools(packages: list[Package]) -> tuple[str, ...]:
+    """Return what building needs: a compiler, and all the headers ask for outside the kernel."""
+    names = {name for package in packages for name, _ in package.depends}
+    return (*_TOOLS, *sorted(name for name in names if not name.startswith("linux-")))
 
 
 def _build(kernel: Kernel, release: Release, packages: list[Package], tree: Path) -> None:
-    bootstrap(release.name, (*_TOOLS, *_compiler(packages[0])), tree)
+    bootstrap(release.name, _tools(packages), tree)
     (tree / "debs").mkdir()
     debs = [Path(shutil.copy(release.fetch(package), tree / "debs")).name for package in packages]
     shutil.copytree(_SOURCE, tree / "slot")
