@@ -57,11 +57,6 @@ class CaptureWriter:
         arrow = schema.arrow_schema().with_metadata(
             {fmt.KEY: text, fmt.KEY_CRC: fmt.encode_crc(self._seed)}
         )
-        # A rehearsal, thrown away, takes the first-time costs of Arrow's conversion and lz4.
-        rehearsal = _Encoder(arrow)
-        rehearsal.batch(self._columns, {fmt.KEY: b"{}"})
-        rehearsal.end()
-
         self.path = Path(path)
         self.events = 0
         self.bytes_written = 0
@@ -73,9 +68,10 @@ class CaptureWriter:
         self._closing = threading.Event()
         self._syncer = threading.Thread(target=self._sync_often, daemon=True)
         try:
-            self._append(self._encoder.take())
-        except CaptureError:
+            self._append(self._encoder.begin(self._columns))
+        except BaseException:
             os.close(self._fd)
+            self.path.unlink(missing_ok=True)
             raise
         self._syncer.start()
 
@@ -152,6 +148,8 @@ class CaptureWriter:
         self._closing.set()
         self._syncer.join()
         try:
+            # A batch whose writing was interrupted is not continued.
+            self._encoder.take()
             self._encoder.end()
             if self._failure is None:
                 self._append(self._encoder.take())
@@ -160,17 +158,19 @@ class CaptureWriter:
             os.close(self._fd)
 
     def _append(self, data: memoryview) -> None:
-        rest = data
+        done = 0
         try:
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-        except OSError as e:
+            while done < len(data):
+                done += os.pwrite(self._fd, data[done:], self.bytes_written + done)
+        except BaseException as e:
             # Half a batch is of no use, and its space may be what the next program needs.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self.bytes_written)
+            if not isinstance(e, OSError):
+                raise
             self._failure = write_error(self.path, e)
             raise self._failure from e
-        self.bytes_written += len(data)
+        self.bytes_written += done
 
     def _sync_often(self) -> None:
         while not self._closing.wait(_SYNC_SECONDS):
@@ -199,6 +199,16 @@ class _Encoder:
             arrow,
             options=pa.ipc.IpcWriteOptions(compression="lz4"),
         )
+
+    def begin(self, columns: list[NDArray[Any]]) -> memoryview:
+        """The stream's first message, its schema.
+
+        Arrow writes it with the first batch only.  That batch is thrown away: it is a rehearsal,
+        which takes the first-time costs of Arrow's conversion and of lz4.
+        """
+        self.batch(columns, {fmt.KEY: b"{}"})
+        data = self.take()
+        return data[: 8 + int.from_bytes(data[4:8], "little")]
 
     def batch(self, columns: list[NDArray[Any]], metadata: dict[bytes, bytes]) -> None:
         pa = self._pa

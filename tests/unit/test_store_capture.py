@@ -87,6 +87,17 @@ def test_header_and_counts(tmp_path: Path) -> None:
         assert infos[0].offset + infos[0].size == infos[1].offset
 
 
+def test_header_is_there_from_the_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "c.kvmprobe"
+    with CaptureWriter(path, fmt.new_header("live")) as writer:
+        assert writer.bytes_written == path.stat().st_size > 0
+        batches, reader = read(path)
+        assert batches == []
+        assert reader.header == fmt.new_header("live")
+        assert reader.truncated is not None
+    assert read(path)[1].truncated is None
+
+
 def test_file_name_that_is_not_utf8_does_not_spoil_the_header(tmp_path: Path) -> None:
     header = fmt.new_header("live")
     header["command"] = [os.fsdecode(b"\xff")]
@@ -230,6 +241,41 @@ def test_full_disk_leaves_whole_batches(tmp_path: Path) -> None:
         np.testing.assert_array_equal(batch, rows)
     assert reader.damaged == []
     assert reader.truncated is not None
+
+
+def test_disk_too_full_to_begin_leaves_no_file(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        with pytest.raises(CaptureError, match="size limit"):
+            CaptureWriter(tmp_path / "c.kvmprobe", fmt.new_header("live"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_in_the_middle_of_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.kvmprobe"
+    rows = some_rows(1000)
+    write = os.pwrite
+
+    def interrupted(fd: int, data: memoryview, offset: int) -> int:
+        write(fd, data[: len(data) // 2], offset)
+        raise KeyboardInterrupt
+
+    with CaptureWriter(path, fmt.new_header("live")) as writer:
+        writer.write(rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                writer.write(rows)
+        writer.sync()
+        assert path.stat().st_size == writer.bytes_written
+    batches, reader = read(path)
+    assert [len(batch) for batch in batches] == [1000]
+    assert (reader.damaged, reader.truncated) == ([], None)
 
 
 def test_failed_recording_still_ends_the_stream(tmp_path: Path) -> None:
