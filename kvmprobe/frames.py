@@ -140,7 +140,8 @@ def _named(values: NDArray[Any], enum: type[IntEnum]) -> pd.Categorical[str]:
 
 
 def _has(flags: NDArray[np.uint32], flag: Flag) -> NDArray[np.bool_]:
-    return (flags & np.uint32(flag)) != 0
+    has: NDArray[np.bool_] = (flags & np.uint32(flag)) != 0
+    return has
 
 
 def _level(columns: Columns, _: Header) -> pd.Categorical[str]:
