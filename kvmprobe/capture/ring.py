@@ -87,7 +87,9 @@ class Ring:
         return events[~discarded] if discarded.any() else events
 
     def close(self) -> None:
-        """Unmap the ring."""
-        del self._consumer, self._producer
-        self._consumer_map.close()
-        self._producer_map.close()
+        """Give the mappings up.
+
+        They go with their last view: an error on its way out of `read` may still hold one, and
+        unmapping by force would then hide that error behind another.
+        """
+        del self._consumer, self._producer, self._consumer_map, self._producer_map
