@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""candidates() against the C function that BPF runs, compiled here."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from kvmprobe.analysis.candidates import candidates
+from kvmprobe.analysis.rules import RULES
+from kvmprobe.probes.schema import HEADER, Flag, Type
+
+_SOURCE = """
+#include <stdint.h>
+typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32; typedef uint64_t u64;
+typedef int16_t s16;
+#include "{header}"
+void mask(long n, const u8 *type, const u32 *flags, const s16 *slot, u8 *out)
+{{
+	for (long i = 0; i < n; i++)
+		out[i] = kvmprobe_candidate(type[i], flags[i], slot[i]);
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def in_c(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    gcc = shutil.which("gcc") or shutil.which("cc")
+    if gcc is None:
+        pytest.skip("no C compiler: install gcc")
+    place = tmp_path_factory.mktemp("candidates")
+    (place / "mask.c").write_text(_SOURCE.format(header=HEADER.resolve()))
+    library = place / "mask.so"
+    command = [gcc, "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(library)]
+    subprocess.run([*command, str(place / "mask.c")], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def _compare(
+    library: ctypes.CDLL, kind: NDArray[Any], flags: NDArray[Any], slot: NDArray[Any]
+) -> int:
+    columns: dict[str, NDArray[Any]] = {
+        "type": np.ascontiguousarray(kind, np.uint8),
+        "flags": np.ascontiguousarray(flags, np.uint32),
+        "slot": np.ascontiguousarray(slot, np.int16),
+    }
+    out = np.zeros(len(columns["type"]), np.uint8)
+    library.mask(
+        ctypes.c_long(len(out)),
+        *(ctypes.c_void_p(column.ctypes.data) for column in columns.values()),
+        ctypes.c_void_p(out.ctypes.data),
+    )
+    mine = candidates(columns)
+    assert mine.dtype == np.bool_
+    np.testing.assert_array_equal(mine, out.astype(bool))
+    return int(out.sum())
+
+
+def test_all_types_and_slots(in_c: ctypes.CDLL) -> None:
+    kinds = np.repeat(np.arange(256), 1 << 16)
+    slots = np.tile(np.arange(-(1 << 15), 1 << 15), 256)
+    for flags in (0, 0xFFFFFFFF, Flag.PRESENT, Flag.BELIEVED):
+        found = _compare(in_c, kinds, np.full(len(kinds), int(flags)), slots)
+        assert 0 < found < len(kinds)
+
+
+def test_all_types_and_flags(in_c: ctypes.CDLL) -> None:
+    kinds, bits = np.meshgrid(np.arange(256), np.uint32(1) << np.arange(32, dtype=np.uint32))
+    for slot in (-1, 0, 32763, 32764, 32767, -32768):
+        assert _compare(in_c, kinds.ravel(), bits.ravel(), np.full(kinds.size, slot)) > 0
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_random(in_c: ctypes.CDLL, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    shape = 500
+    kinds = random.integers(0, 20, shape)
+    flags, slots = random.integers(0, 2**32, shape), random.integers(-2, 32768, shape)
+    assert _compare(in_c, kinds, flags, slots) >= 0
+
+
+def test_rules_watch_candidates_only() -> None:
+    for rule in RULES:
+        for kind, slot in rule.watches:
+            columns: dict[str, NDArray[Any]] = {
+                "type": np.array([kind, kind], np.uint8),
+                "flags": np.zeros(2, np.uint32),
+                "slot": np.array([slot, 32766], np.int16),
+            }
+            assert candidates(columns).all(), (rule.id, Type(kind).name)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""Sequences and losses: every gap in its place, whatever the batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmprobe.analysis.integrity import LIST_LIMIT, Integrity
+from kvmprobe.probes.schema import LifecycleChange, LossCause, Type, columns
+from tests.streams import ev, gone, interleave, stream, vm_gone
+
+
+def _follow(rows: np.ndarray[Any, Any], cuts: list[int] | None = None) -> Integrity:
+    integrity = Integrity()
+    for part in np.split(rows, sorted(cuts or [])):
+        integrity.feed(columns(part))
+    return integrity
+
+
+def _seqs(*numbers: int, **fields: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    return [ev(Type.MMIO, seq=seq, **fields) for seq in numbers]
+
+
+def _loss(kind: int, records: int, cpu: int = 0, cause: int = 1) -> dict[str, Any]:
+    fields: dict[str, Any] = {"kind": kind, "aux": cpu, "len": cause}
+    return ev(Type.LOSS, vm=0, vcpu=0xFFFF, addr=records, slot=0, **fields)
+
+
+def test_whole_stream() -> None:
+    found = _follow(stream(_seqs(*range(500, 600))))
+    assert (found.missing, found.unexplained, found.lost_total, found.total) == (0, 0, 0, 100)
+    assert found.gaps == []
+    assert found.anomalies == []
+
+
+def test_gap_is_placed() -> None:
+    (gap,) = _follow(stream(_seqs(7, 8, 12, 13))).gaps
+    assert (gap.vm, gap.vcpu, gap.after, gap.records, gap.ts) == (1, 0, 8, 3, 3000)
+
+
+def test_sequence_wraps() -> None:
+    found = _follow(stream(_seqs(2**32 - 2, 2**32 - 1, 0, 2)))
+    assert (found.missing, found.anomalies) == (1, [])
+
+
+def test_repeats_and_steps_back_are_anomalies() -> None:
+    found = _follow(stream(_seqs(5, 5, 6, 3, 4)))
+    assert found.anomaly_counts == {"repeats": 1, "goes back": 1}
+    assert [(a.kind, a.seq) for a in found.anomalies] == [("repeats", 5), ("goes back", 3)]
+    assert found.missing == 0
+
+
+def test_vcpus_are_followed_apart() -> None:
+    events = [*_seqs(1, 2), *_seqs(90, vcpu=1), *_seqs(3), *_seqs(91, vcpu=1), *_seqs(7, vm=2)]
+    found = _follow(stream(events))
+    assert (found.missing, found.anomaly_counts) == (0, {})
+
+
+def test_a_new_vcpu_of_the_same_number_begins_anew() -> None:
+    seen = ev(Type.LIFECYCLE, seq=0, slot=-1, kind=LifecycleChange.VCPU_SEEN)
+    for ends in ([gone(seq=3), *_seqs(0, 1)], [seen, *_seqs(1, 2)]):
+        rows = stream([*_seqs(1, 2), *ends])
+        for cuts in ([], [2], [3], list(range(len(rows)))):
+            found = _follow(rows, cuts)
+            assert (found.missing, found.anomaly_counts) == (0, {})
+
+
+def test_losses_are_added_up_by_observation_cpu_and_cause() -> None:
+    ring, state = LossCause.RING, LossCause.STATE
+    found = _follow(
+        stream([
+            _loss(Type.FILL, 3), _loss(Type.FILL, 4), _loss(Type.FILL, 5, cpu=1),
+            _loss(Type.MATCH, 1, cause=state), _loss(99, 2),
+        ])
+    )  # fmt: skip
+    assert found.lost == {
+        (Type.FILL, 0, ring): 7,
+        (Type.FILL, 1, ring): 5,
+        (Type.MATCH, 0, state): 1,
+        (99, 0, ring): 2,
+    }
+    assert found.lost_by_observation() == {"FILL": 12, "MATCH": 1, "type-99": 2}
+    assert (found.total, found.lost_total) == (0, 15)
+
+
+def test_gaps_beyond_the_losses_told_are_unexplained() -> None:
+    found = _follow(stream([*_seqs(0, 11), _loss(Type.FILL, 4)]))
+    assert (found.missing, found.unexplained, found.lost_total) == (10, 6, 10)
+    assert _follow(stream([*_seqs(0, 11), _loss(Type.FILL, 12)])).unexplained == 0
+
+
+def test_lists_are_bounded_and_totals_are_not() -> None:
+    found = _follow(stream(_seqs(*range(0, 2000, 2), *[5] * 300)))
+    assert len(found.gaps) == len(found.anomalies) == LIST_LIMIT
+    assert found.missing == 999
+    assert found.anomaly_counts == {"goes back": 1, "repeats": 299}
+
+
+def test_many_vms_take_the_other_way_to_sort() -> None:
+    events = [e for vm in (1, 2**31, 2**32 - 1) for e in _seqs(0, 1, 3, vm=vm, vcpu=4095)]
+    found = _follow(stream(interleave([events[:3], events[3:6], events[6:]], 5)))
+    assert (found.missing, found.anomaly_counts) == (3, {})
+
+
+def test_ends_free_memory() -> None:
+    integrity = Integrity()
+    for vm in range(1, 300):
+        integrity.feed(columns(stream([*_seqs(0, 1, vm=vm), gone(vm=vm, vcpu=1), vm_gone(vm)])))
+    assert len(integrity._last) == 0
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 2), st.integers(0, 2), st.integers(0, 6)), max_size=40),
+    st.lists(st.integers(0, 40), max_size=5),
+)
+def test_where_batches_are_cut_changes_nothing(
+    steps: list[tuple[int, int, int]], cuts: list[int]
+) -> None:
+    events: list[dict[str, Any]] = []
+    last: dict[tuple[int, int], int] = {}
+    for vm, vcpu, step in steps:
+        last[vm, vcpu] = last.get((vm, vcpu), 10) + step - 1
+        events.append(ev(Type.MMIO, vm=vm, vcpu=vcpu, seq=last[vm, vcpu]))
+    rows = stream(events)
+    whole = _follow(rows)
+    parts = _follow(rows, [min(c, len(rows)) for c in cuts])
+    expected = sum(step - 2 for n, (vm, vcpu, step) in enumerate(steps)
+                   if step > 2 and (vm, vcpu) in {s[:2] for s in steps[:n]})  # fmt: skip
+    assert whole.missing == parts.missing == expected
+    assert whole.anomaly_counts == parts.anomaly_counts
+    assert whole.events == parts.events
+    key = "gaps", "anomalies"
+    for name in key:
+        assert sorted(map(repr, getattr(whole, name))) == sorted(map(repr, getattr(parts, name)))
