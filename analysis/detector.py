@@ -148,11 +148,12 @@ class Detector:
     def _collect(self, columns: Columns, chosen: NDArray[np.intp], out: steps.Out) -> None:
         """Take evidence out of the batch, and the causes that later events may cite."""
         self._acquittals += out.acquittals
-        for r in range(len(RULES)):
+        shown = np.flatnonzero(out.keep | out.acquit)
+        for r in range(len(RULES) if len(shown) else 0):
             bit = np.uint64(1 << r)
-            for row in _rows(columns, chosen[(out.acquit & bit) != 0]):
+            for row in _rows(columns, chosen[shown[(out.acquit[shown] & bit) != 0]]):
                 self._acquit(r, row)
-            kept = np.flatnonzero(out.keep & bit)
+            kept = shown[(out.keep[shown] & bit) != 0]
             if len(kept):
                 self._keep(r, columns, chosen, kept, out)
         cause = self._places.cause[: self._used]

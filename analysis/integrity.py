@@ -18,6 +18,8 @@ from kvmprobe.probes.schema import NO_VCPU, Columns, LifecycleChange, LossCause,
 LIST_LIMIT = 100
 
 _FOLLOWED = ("ts", "vm", "vcpu", "seq", "type", "kind")
+_REPEATS = "repeats"
+_GOES_BACK = "goes back"
 _UNSEEN = np.int64(-1)
 
 
@@ -136,18 +138,18 @@ class Integrity:
         if not len(odd):
             return
         self.missing += int((step[odd][step[odd] > 1] - 1).sum())
-        for kind, wrong in (("repeats", step == 0), ("goes back", step < 0)):
-            if count := int(wrong.sum()):
-                self.anomaly_counts[kind] += count
-        for i in odd.tolist():
-            if len(self.gaps) >= LIST_LIMIT and len(self.anomalies) >= LIST_LIMIT:
-                break
-            vm, vcpu, now = int(key[i]) >> 16, int(key[i]) & 0xFFFF, int(ts[i])
-            if step[i] > 1 and len(self.gaps) < LIST_LIMIT:
-                self.gaps.append(Gap(vm, vcpu, int(before[i]), int(step[i]) - 1, now))
-            elif step[i] <= 0 and len(self.anomalies) < LIST_LIMIT:
-                kind = "repeats" if step[i] == 0 else "goes back"
-                self.anomalies.append(Anomaly(kind, vm, vcpu, int(seq[i]), now))
+        for kind, many in ((_REPEATS, int((step == 0).sum())), (_GOES_BACK, int((step < 0).sum()))):
+            if many:
+                self.anomaly_counts[kind] += many
+        jumps = odd[step[odd] > 1][: LIST_LIMIT - len(self.gaps)]
+        for i in jumps.tolist():
+            vm, vcpu = int(key[i]) >> 16, int(key[i]) & 0xFFFF
+            self.gaps.append(Gap(vm, vcpu, int(before[i]), int(step[i]) - 1, int(ts[i])))
+        wrong = odd[step[odd] <= 0][: LIST_LIMIT - len(self.anomalies)]
+        for i in wrong.tolist():
+            vm, vcpu = int(key[i]) >> 16, int(key[i]) & 0xFFFF
+            kind = _REPEATS if step[i] == 0 else _GOES_BACK
+            self.anomalies.append(Anomaly(kind, vm, vcpu, int(seq[i]), int(ts[i])))
 
 
 def _by_vcpu(columns: Columns) -> NDArray[np.intp]:
