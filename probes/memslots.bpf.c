@@ -40,12 +40,12 @@ static __always_inline int on_commit_memslot(u64 kvm, u64 old, u64 new, u32 chan
 
 	if (!wanted())
 		return 0;
-	make_vm_key(&key, kvm);
-	vm = get_vm(&key);
-	if (!vm)
-		return 0;
 	read_slot(&s, new ?: old, KVMPROBE_MEMSLOT);
 	read_memslots(&m, kvm, s.as_id, KVMPROBE_MEMSLOT);
+	make_vm_key(&key, kvm);
+	vm = get_vm(&key, m.gen);
+	if (!vm)
+		return 0;
 	if (change == KVMPROBE_MEMSLOT_DELETED || change == KVMPROBE_MEMSLOT_MOVED_FROM) {
 		read_slot(&s, old, KVMPROBE_MEMSLOT);
 		send_memslot(vm->vm, &s, m.gen, (u8)change);
@@ -71,7 +71,7 @@ static __always_inline int on_memslots_updated(u64 kvm, u64 gen)
 	if (!wanted())
 		return 0;
 	make_vm_key(&key, kvm);
-	vm = get_vm(&key);
+	vm = get_vm(&key, gen);
 	if (!vm)
 		return 0;
 	e.vm = vm->vm;
@@ -101,13 +101,21 @@ static __always_inline int on_vcpu_destroy(u64 vcpu)
 static __always_inline int on_vm_destroy(u64 kvm)
 {
 	struct kvmprobe_event e = {};
+	struct memslots m = {};
 	struct vm_state *vm;
 	struct vm_key key;
 
 	make_vm_key(&key, kvm);
 	vm = vms.lookup(&key);
-	if (!vm)
+	if (!vm || vm->gone)
 		return 0;
+	read_memslots(&m, kvm, ADDRESS_SPACES - 1, KVMPROBE_LIFECYCLE);
+	vm->gone = m.gen;
+	read_memslots(&m, kvm, 0, KVMPROBE_LIFECYCLE);
+	if (m.gen < vm->gone)
+		vm->gone = m.gen;
+	if (!vm->gone) /* never had a slot */
+		vm->gone = 1;
 	e.vm = vm->vm;
 	e.vcpu = 0xffff;
 	e.type = KVMPROBE_LIFECYCLE;
@@ -117,7 +125,6 @@ static __always_inline int on_vm_destroy(u64 kvm)
 	e.addr = key.start;
 	e.aux = key.tgid;
 	send(&e);
-	vms.delete(&key);
 	return 0;
 }
 

@@ -100,6 +100,7 @@ struct vm_key {
 struct vm_state {
 	u32 vm;
 	u32 internal; /* bit per (address space, internal slot) already reported */
+	u64 gone;     /* being destroyed: a generation that all later ones of this VM exceed; 0: no */
 };
 BPF_TABLE("lru_hash", struct vm_key, struct vm_state, vms, 8192);
 /* Numbers for new VMs, kept full by the drain: BPF before v3 has no atomic fetch-and-add. */

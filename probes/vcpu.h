@@ -214,15 +214,21 @@ static __always_inline void make_vm_key(struct vm_key *key, u64 kvm)
 	key->unused = 0;
 }
 
-/* The VM's state, numbered at its first sight. */
-static __always_inline struct vm_state *get_vm(const struct vm_key *key)
+/*
+ * The VM's state, numbered at its first sight.  KVM deletes memslots while it destroys a VM, and then the
+ * same process may get the same address for the next one, whose generations begin anew: an activation with
+ * a higher generation belongs to the old VM and is not reported; `gen` 0 is a vCPU that runs.
+ */
+static __always_inline struct vm_state *get_vm(const struct vm_key *key, u64 gen)
 {
 	struct vm_state *vm = vms.lookup((struct vm_key *)key);
 	struct kvmprobe_event e = {};
 	struct vm_state fresh = {};
 
-	if (vm)
+	if (vm && !vm->gone)
 		return vm;
+	if (vm && gen > vm->gone)
+		return 0;
 	if (vm_numbers.pop(&fresh.vm)) {
 		count(KVMPROBE_LOST_STATE, KVMPROBE_LIFECYCLE);
 		return 0;
@@ -382,7 +388,7 @@ static __always_inline int introduce(u64 vcpu, u8 site)
 	int known;
 
 	make_vm_key(&key, read_u64(vcpu + OFF_VCPU_KVM, KVMPROBE_LIFECYCLE));
-	vm = get_vm(&key);
+	vm = get_vm(&key, 0);
 	if (!vm)
 		return -1;
 	thread.vcpu = vcpu;
