@@ -66,5 +66,5 @@ uninstall: ## Remove what `make install` installed (asks sudo)
 	@tools/as root rm -rf $(PREFIX)/lib/kvmprobe $(PREFIX)/bin/kvmprobe
 
 clean: ## Remove what make and the tools put into the checkout
-	@rm -rf .venv build dist *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis *.kvmprobe
+	@rm -rf .venv build dist *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis demo.kvmprobe
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
