@@ -9,14 +9,19 @@ import tempfile
 from pathlib import Path
 
 from tests.lab.base import CHECKOUT, LabError, say
-from tests.lab.bochs import bochs_command
 from tests.lab.helper import get_helper
 from tests.lab.kernels import RELEASES, get_kernel, parse_spec
-from tests.lab.qemu import qemu_command
+from tests.lab.matrix import (
+    BACKENDS,
+    EMULATORS,
+    choose_kernels,
+    render,
+    run_matrix,
+    select_scenarios,
+)
 from tests.lab.rootfs import get_root
+from tests.lab.scenarios import UNCLASSIFIED
 from tests.lab.vm import Job, run_job, show_tail
-
-_EMULATORS = {"amd": qemu_command, "intel": bochs_command}
 
 
 def main() -> int:
@@ -43,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(function=_run)
     run.add_argument("--kernel", default="6.1", help=f"{', '.join(RELEASES)} or RELEASE/PACKAGE")
-    run.add_argument("--vendor", default="amd", choices=sorted(_EMULATORS))
+    run.add_argument("--vendor", default="amd", choices=sorted(EMULATORS))
     run.add_argument("--root", help="Debian release of the root disk (default: the kernel's)")
     run.add_argument("--command", help="bash script to run; else what follows --")
     run.add_argument("--code", type=Path, default=CHECKOUT, help="checkout to run (default: this)")
@@ -59,7 +64,36 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--memory", type=int, default=2048, help="MiB")
     run.add_argument("--limit", type=float, default=600.0, help="seconds of wall time")
     run.add_argument("words", nargs="*", metavar="COMMAND", help="command and arguments, after --")
+    matrix = commands.add_parser(
+        "matrix",
+        help="run scenarios under a recording and compare what is found with what is known",
+        description="Prints kernel x vendor x scenario x backend with what was expected and what "
+        "was found; ends with 0 when all is as expected. A boot that was done before with the "
+        "same code isn't repeated. Each option may be given several times.",
+    )
+    matrix.set_defaults(function=_matrix)
+    matrix.add_argument("--kernel", action="append", default=[], help="default: kernels.toml's")
+    matrix.add_argument("--vendor", action="append", choices=sorted(EMULATORS))
+    matrix.add_argument("--scenario", action="append", default=[], help="default: all")
+    matrix.add_argument("--backend", action="append", choices=BACKENDS, help="default: default")
+    matrix.add_argument("--results", type=Path, help="folder for captures, output and consoles")
     return parser
+
+
+def _matrix(arguments: argparse.Namespace) -> int:
+    scenarios = select_scenarios(arguments.scenario)
+    targets, remarks = choose_kernels(arguments.kernel)
+    results = arguments.results or Path(tempfile.mkdtemp(prefix="kvmprobe-lab-"))
+    vendors = arguments.vendor or sorted(EMULATORS)
+    backends = arguments.backend or ["default"]
+    cells = list(run_matrix(targets, vendors, backends, scenarios, results))
+    print(render(cells))
+    for remark in remarks:
+        print(remark)
+    say(f"results in {results}")
+    if not cells:
+        raise LabError("nothing was run: no listed kernel is to be had, or no scenario fits")
+    return 0 if all(cell.right or cell.expected == UNCLASSIFIED for cell in cells) else 1
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -91,7 +125,7 @@ def _run(arguments: argparse.Namespace) -> int:
     results = arguments.results or Path(tempfile.mkdtemp(prefix="kvmprobe-lab-"))
     say(f"booting {kernel.release} ({kernel.package_version}) on {arguments.vendor}")
     try:
-        outcome = run_job(job, _EMULATORS[arguments.vendor], results)
+        outcome = run_job(job, EMULATORS[arguments.vendor], results)
     except LabError:
         serial = results / "serial.log"
         if serial.exists():

@@ -27,7 +27,7 @@ from tests.lab.kernels import Kernel
 from tests.lab.rootfs import make_disk
 
 _INIT = Path(__file__).with_name("init.sh")
-_ROOMS = ("kvmprobe", "probes", "analysis")
+ROOMS = ("kvmprobe", "probes", "analysis")
 # Room for results on the run's disk (sparse): kvmprobe wants 1 GiB to be left free.
 _RESULT_MEBIBYTES = 3072
 _POLL_SECONDS = 0.2
@@ -157,7 +157,7 @@ def _fill_disk(job: Job, tree: Path, disk: Path) -> None:
     (tree / "command").write_text(job.command + "\n")
     ignore = shutil.ignore_patterns("__pycache__")
     (tree / "code").mkdir()
-    for room in _ROOMS:
+    for room in ROOMS:
         if (job.code / room).is_dir():
             shutil.copytree(job.code / room, tree / "code" / room, symlinks=True, ignore=ignore)
     shutil.copytree(job.kernel.modules.parent, tree / "modules")
