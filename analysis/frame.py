@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from kvmprobe.analysis.run import Analysis
 
 
+def _signed(ns: int) -> int:
+    """Bring a time into int64: one that doesn't fit was never a time."""
+    return max(-(1 << 63), min(ns, (1 << 63) - 1))
+
+
 def findings_frame(analysis: Analysis) -> pd.DataFrame:
     """Return one row a finding, in order.
 
@@ -24,8 +29,8 @@ def findings_frame(analysis: Analysis) -> pd.DataFrame:
         (
             numbers[id(c)], f.rule.id, f.rule.fault, f.rule.severity, f.vm,
             c.names.get(f.vm).name, c.names.get(f.vm).pid, f.vcpu, f.level, f.gpa,
-            -1 if f.slot is None else f.slot, f.slot_confidence, c.since_start(f.first_ts),
-            c.since_start(f.last_ts), f.count, np.nan if f.rate is None else f.rate,
+            -1 if f.slot is None else f.slot, f.slot_confidence, _signed(c.since_start(f.first_ts)),
+            _signed(c.since_start(f.last_ts)), f.count, np.nan if f.rate is None else f.rate,
             f.evidence_total,
         )
         for c, f in analysis.findings

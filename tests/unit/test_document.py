@@ -248,6 +248,11 @@ def test_frame() -> None:
     assert empty.dtypes.equals(frame.dtypes)
 
 
+def test_frame_of_impossible_times() -> None:
+    frame = analyze([Memory(stream([ev(Type.MATCH, ts=2**64 - 1)]))], jit=False).to_frame()
+    assert frame["last_ns"].tolist() == [2**63 - 1]
+
+
 def test_small_words() -> None:
     assert [slot_name(s) for s in (SLOT_TSS, SLOT_APIC, SLOT_IDENTITY, 4, None)] == [
         "TSS", "APIC access page", "identity map", "user slot 4", "no slot",
