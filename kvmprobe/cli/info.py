@@ -30,14 +30,14 @@ def info(
     source = header["source"]
     facts = [
         ("capture", str(capture)),
-        ("started", header["started"]),
+        ("started", header["started"] or "unknown"),
         ("seconds", f"{found['seconds']:.3f}"),
         ("schema", f"{header['schema']['major']}.{header['schema']['minor']}"),
         ("made by", f"{header['tool']['name']} {header['tool']['version']}"),
         ("source", source["kind"] + (f": {source['note']}" if source["note"] else "")),
         ("command", " ".join(header["command"]) or "-"),
-        ("kernel", str(host["kernel"])),
-        ("vendor", str(host["vendor"])),
+        ("kernel", host["kernel"] or "unknown"),
+        ("vendor", host["vendor"] or "unknown"),
         ("VMs", str(found["vms"])),
         ("vCPUs", str(found["vcpus"])),
         ("batches", str(found["batches"])),

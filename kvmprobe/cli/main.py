@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,6 +48,7 @@ def main() -> None:
     Every error of ours is one line on stderr and its own exit status; a usage error is 2.  A reader
     that closes our output early (`| head`) ends us silently.
     """
+    _open_closed_streams()
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
@@ -67,8 +69,17 @@ def main() -> None:
     sys.exit(status)
 
 
+def _open_closed_streams() -> None:
+    """Open what the caller closed, or a capture would get the descriptor that others print to."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for good
+
+
 def _fail(message: str, status: int) -> int:
-    print(f"kvmprobe: {message}", file=sys.stderr)
+    # A name in it may hold a line break, or what a terminal takes for a command.
+    line = "".join(c if c.isprintable() else "?" for c in message)
+    print(f"kvmprobe: {line}", file=sys.stderr)
     return status
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import signal
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def parse_size(text: str) -> int:
-    """A size as people write it ("512M", "2G", "1048576"), in bytes."""
-    number, unit = text[:-1], text[-1:].upper()
-    if unit.isdigit():
-        number, unit = text, ""
-    if not number.isdigit() or unit not in _UNITS:
-        raise typer.BadParameter(f"{text!r} is not a size: write 1048576, 512M or 2G")
-    return int(number) * _UNITS[unit]
+def parse_size(option: str, text: str) -> int:
+    """A size as people write it ("512M", "2G", "1048576"), in bytes.
+
+    Raises UsageError that names the option.
+    """
+    found = re.fullmatch(r"([0-9]{1,18})([KMGT]?)", text.upper())
+    if found is None:
+        raise UsageError(f"{option}: {text!r} is not a size: write 1048576, 512M or 2G")
+    return int(found[1]) * _UNITS[found[2]]
 
 
 def record(
@@ -57,7 +59,8 @@ def record(
         str | None, typer.Option("--vm", help="Only the VM of this name (QEMU, libvirt).")
     ] = None,
     vcpu: Annotated[
-        int | None, typer.Option("--vcpu", min=0, help="Only vCPUs with this id.")
+        int | None,
+        typer.Option("--vcpu", min=0, max=0xFFFE, help="Only vCPUs with this id."),
     ] = None,
     max_size: Annotated[
         str, typer.Option("--max-size", help="Stop when the capture has this size.")
@@ -104,7 +107,9 @@ def record(
     if command and shutil.which(command[0]) is None:
         raise UsageError(f"{command[0]}: no such command")
     limits = Limits(
-        duration, parse_size(max_size), None if min_free is None else parse_size(min_free)
+        duration,
+        parse_size("--max-size", max_size),
+        None if min_free is None else parse_size("--min-free", min_free),
     )
     path = output or Path(time.strftime("kvmprobe-%Y%m%d-%H%M%S.kvmprobe"))
     filters = Filters(_pid_of(pid, vm), vm, vcpu)

@@ -22,12 +22,18 @@ def columns(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
 
 
 def plan_lines(rows: Sequence[Row]) -> list[str]:
-    """A plan as text: what is attached by observation, then what is not and why."""
-    used = [(r["observation"], r["site"], r["attachment"]) for r in rows if r["attached"]]
+    """A plan as text: what is attached by observation, then what is not and why.
+
+    A capture's plan may hold null for a site, an attachment or a reason.
+    """
+    used = [
+        (r["observation"], r["site"] or "-", r["attachment"] or "-") for r in rows if r["attached"]
+    ]
     left: dict[str, dict[str, None]] = {}
     for r in rows:
         if not r["attached"]:
-            left.setdefault(r["reason"], {})[r["attachment"].partition(":")[2]] = None
+            target = (r["attachment"] or r["observation"]).rpartition(":")[2]
+            left.setdefault(r["reason"] or "no reason given", {})[target] = None
     lines = ["attached:", *columns(used, "  ")]
     if left:
         lines.append("not attached:")
