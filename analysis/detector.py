@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmprobe.analysis import jit, steps
+from kvmprobe.analysis import steps
 from kvmprobe.analysis.findings import Acquittal, Cause, Finding
-from kvmprobe.analysis.jit import Scan
+from kvmprobe.analysis.jit import Scan, compiled_scan
+from kvmprobe.analysis.jit import available as jit_available
 from kvmprobe.analysis.rules import RULES
 from kvmprobe.analysis.rules.internal_slot_fill import RULE as FILL_RULE
 from kvmprobe.probes.schema import EVENT, Columns, Type
@@ -54,15 +55,20 @@ class Detector:
     the vCPUs that live and those with findings.
     """
 
-    def __init__(self, *, jit: bool = False) -> None:
+    def __init__(self, *, jit: bool = False, compile_after: int = 0) -> None:
         """Make a detector that has seen nothing.
 
         Args:
             jit: compile the step loop if numba is there and KVMPROBE_NO_JIT isn't set.  Without
                 it numba is never imported.
+            compile_after: do so once this many events were stepped over: importing numba and
+                compiling cost more time than a small capture does.
 
         """
-        self._scan = _choose_scan(compile_it=jit)
+        self._scan: Scan = steps.scan
+        self._compile_after = compile_after if jit and jit_available() else None
+        self._stepped = 0
+        self._compile_when_due()
         seed = np.array([secrets.randbits(29) * 2 + 1 for _ in range(2)], np.int64)
         self._places = steps.new_places(_FIRST_CAPACITY, seed)
         self._used = 0
@@ -99,6 +105,7 @@ class Detector:
             gfn=columns["addr"][chosen] >> _PAGE_SHIFT,
             **{name: columns[name][chosen] for name in _STEPPED},
         )
+        self._stepped += len(chosen)
         out = steps.new_out(len(chosen))
         done = 0
         while True:
@@ -108,6 +115,7 @@ class Detector:
             self._make_room()
         self._collect(columns, chosen, out)
         self._forget()
+        self._compile_when_due()
 
     def findings(self) -> list[Finding]:
         """Return what was found so far, sorted by (first time, vm, vcpu, seq)."""
@@ -121,6 +129,10 @@ class Detector:
             Acquittal(RULES[r], first, int(self._acquittals[r]))
             for r, first in sorted(self._acquitting.items())
         ]
+
+    def _compile_when_due(self) -> None:
+        if self._compile_after is not None and self._stepped >= self._compile_after:
+            self._scan = compiled_scan()
 
     def _finding(self, place: int, r: int) -> Finding:
         places, shown = self._places, self._evidence[place, r]
@@ -229,7 +241,3 @@ def _rows(columns: Columns, chosen: NDArray[np.intp]) -> NDArray[Any]:
 
 def _order(row: np.void) -> tuple[int, int, int, int]:
     return int(row["ts"]), int(row["vm"]), int(row["vcpu"]), int(row["seq"])
-
-
-def _choose_scan(*, compile_it: bool) -> Scan:
-    return jit.compiled_scan() if compile_it and jit.available() else steps.scan

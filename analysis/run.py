@@ -18,6 +18,9 @@ from kvmprobe.probes.schema import Columns
 if TYPE_CHECKING:
     import pandas as pd
 
+#: Events that rules watch; the interpreter steps over so many in half a second.
+_COMPILE_AFTER = 100_000
+
 
 class Reader(Protocol):
     """What an analysis needs of a capture; `kvmprobe.store.reader.CaptureReader` is one.
@@ -127,7 +130,7 @@ def analyze(readers: Iterable[Reader], *, jit: bool = True) -> Analysis:
 
     Args:
         readers: opened captures.
-        jit: compile the detector where numba is installed.
+        jit: compile the detector for large captures, where numba is installed.
 
     Raises:
         CaptureError: a capture can't be read on.
@@ -137,7 +140,11 @@ def analyze(readers: Iterable[Reader], *, jit: bool = True) -> Analysis:
 
 
 def _analyze(reader: Reader, *, jit: bool) -> CaptureAnalysis:
-    detector, integrity, names = Detector(jit=jit), Integrity(), VmNames()
+    detector, integrity, names = (
+        Detector(jit=jit, compile_after=_COMPILE_AFTER),
+        Integrity(),
+        VmNames(),
+    )
     for columns in reader.batches():
         detector.feed(columns)
         integrity.feed(columns)

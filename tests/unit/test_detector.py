@@ -87,6 +87,19 @@ def test_compiled_gives_the_same(streams: list[list[dict[str, Any]]], seed: int,
     assert told(compiled) == told(plain)
 
 
+@pytest.mark.skipif(not jit.available(), reason="numba is not installed, or KVMPROBE_NO_JIT is set")
+def test_compiling_in_the_middle_changes_nothing() -> None:
+    rows = stream([ev(Type.FILL, L2), ev(Type.MATCH), ev(Type.MMIO, Flag.MATCHED | L1)] * 50)
+    plain, _ = detect(rows)
+    late = Detector(jit=True, compile_after=70)
+    compiled = []
+    for part in np.split(rows, [50, 100]):
+        late.feed(columns(part))
+        compiled.append(late.compiled)
+    assert compiled == [False, True, True]
+    assert told(late) == told(plain)
+
+
 def _reference(rows: np.ndarray[Any, Any]) -> dict[tuple[int, int, str], int]:
     """Count, by the plainest means, what four rules find in streams without pairs or endings."""
     found: dict[tuple[int, int, str], int] = {}
