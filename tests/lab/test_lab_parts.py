@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""The lab's own logic, as far as it needs no emulator and no network."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.lab import base, vm
+from tests.lab.base import LabError, MissingError, built
+from tests.lab.kernels import parse_spec
+from tests.lab.matrix import Cell, render, select_scenarios
+from tests.lab.mirror import Mirror, parse_uris
+from tests.lab.packages import _parse_depends
+from tests.lab.rootfs import make_disk
+from tests.lab.scenarios import FIXED, SCENARIOS, VULNERABLE, listed_kernels
+
+URIS = """\
+'https://packages.example.com/apt/dists/cloud-bookworm/InRelease' cloud_InRelease 0
+'http://mirror.example.org/debian/dists/bookworm/InRelease' mirror_InRelease 0
+'http://mirror.example.org/debian/dists/bookworm-updates/InRelease' updates_InRelease 0
+'http://mirror.example.org/security/dists/bookworm-security/InRelease' security_InRelease 0
+'https://node.example.com/dists/nodistro/InRelease' node_InRelease 0
+"""
+
+
+def test_mirror_is_debians_among_others() -> None:
+    mirror = parse_uris(URIS)
+    assert mirror == Mirror(
+        "http://mirror.example.org/debian", "http://mirror.example.org/security"
+    )
+    assert "security trixie-security main" in mirror.sources("trixie")
+    assert mirror.sources("sid").count("\n") == 1
+
+
+def test_no_debian_mirror_is_told() -> None:
+    with pytest.raises(MissingError, match="no Debian mirror"):
+        parse_uris("'https://node.example.com/dists/nodistro/InRelease' node_InRelease 0\n")
+
+
+def test_dependencies_keep_exact_versions() -> None:
+    field = "linux-modules-7.2.13-amd64 (= 7.2.13-1), gcc-14 | gcc, libc6 (>= 2.34), python3:any"
+    assert _parse_depends(field) == [
+        ("linux-modules-7.2.13-amd64", "7.2.13-1"),
+        ("gcc-14", None),
+        ("libc6", None),
+        ("python3", None),
+    ]
+
+
+def test_kernel_specifications() -> None:
+    assert parse_spec("6.1") == ("bookworm", "linux-image-amd64", None)
+    spec = "bookworm/linux-image-6.1.0-50-amd64=6.1.176-1"
+    assert parse_spec(spec) == ("bookworm", "linux-image-6.1.0-50-amd64", "6.1.176-1")
+    with pytest.raises(LabError, match=r"unknown kernel '5\.4'"):
+        parse_spec("5.4")
+
+
+def test_a_build_that_breaks_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target = tmp_path / "things" / "thing"
+
+    def build(text: str, error: Exception | None) -> None:
+        with built(target, 0) as scratch:
+            assert scratch is not None
+            (scratch / "thing").write_text(text)
+            if error:
+                raise error
+
+    with pytest.raises(LabError, match="broke"):
+        build("half", LabError("broke"))
+    assert not target.exists()
+    build("whole", None)
+    with built(target, 0) as scratch:
+        assert scratch is None
+    assert target.read_text() == "whole"
+    assert [path.name for path in target.parent.iterdir() if path.is_dir()] == []
+
+
+def test_too_little_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(MissingError, match="MiB free"):
+        base.need_space(1 << 40)
+
+
+def test_a_hang_ends_at_the_limit_and_a_dead_kernel_before(tmp_path: Path) -> None:
+    serial = tmp_path / "serial"
+    serial.write_text("booting\n")
+    with pytest.raises(LabError, match="not done after 1 s"):
+        vm._watch(["sleep", "600"], serial, tmp_path / "log", 1.0)
+    serial.write_text("Kernel panic - not syncing: no init\n")
+    with pytest.raises(LabError, match="kernel stopped"):
+        vm._watch(["sleep", "600"], serial, tmp_path / "log", 600.0)
+
+
+def test_a_disk_goes_in_and_comes_out(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "out" / "deep").mkdir(parents=True)
+    (tree / "out" / "deep" / "file").write_bytes(b"result")
+    (tree / "status").write_text("7\n")
+    (tree / "output").write_text("said\n")
+    make_disk(tree, tmp_path / "disk", 16)
+    results = tmp_path / "results"
+    results.mkdir()
+    assert vm._take_results(tmp_path / "disk", tmp_path, results) == (7, "said\n")
+    assert (results / "out" / "deep" / "file").read_bytes() == b"result"
+
+
+def test_scenarios_tell_right_from_wrong() -> None:
+    (tss,) = select_scenarios(["tss-shadow"])
+
+    def document(verdict: str, *rules: str) -> dict[str, object]:
+        return {
+            "verdicts": {"internal-slot": {"verdict": verdict}},
+            "findings": [{"rule": rule} for rule in rules],
+        }
+
+    fault = document("vulnerable", "internal-slot-fill", "internal-slot-hit", "internal-slot-armed")
+    clean = document("fixed")
+    assert len(set(tss.check(fault, VULNERABLE))) == 1
+    assert len(set(tss.check(clean, FIXED))) == 1
+    assert len(set(tss.check(clean, VULNERABLE))) == 2
+    assert len(set(tss.check(fault, FIXED))) == 2
+    assert len(set(tss.check(document("fixed", "internal-slot-armed"), FIXED))) == 2
+    with pytest.raises(LabError, match="unknown scenario"):
+        select_scenarios(["tss"])
+
+
+def test_scenarios_and_kernels_are_consistent() -> None:
+    assert len({scenario.name for scenario in SCENARIOS}) == len(SCENARIOS)
+    for kernel in listed_kernels():
+        assert parse_spec(kernel.spec)[2] == kernel.version
+        assert kernel.internal_slot in (VULNERABLE, FIXED)
+
+
+def test_table_marks_what_differs() -> None:
+    right = Cell("6.1", "amd", "hole", "default", "a", "a")
+    wrong = Cell("6.1", "amd", "hole", "default", "a", "b")
+    broken = Cell("6.1", "amd", "hole", "default", "", "", "the VM was not done after 9 s")
+    lines = render([right, wrong, broken]).splitlines()
+    assert lines[1].endswith("as expected")
+    assert lines[2].endswith("DIFFERS")
+    assert lines[3].endswith("NO RESULT")
+    assert "not done" in lines[3]
