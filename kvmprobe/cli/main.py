@@ -60,6 +60,11 @@ def main() -> None:
         status = 130
     except BrokenPipeError:
         status = 0
+    except SystemExit as end:
+        # typer's own answer to a closed pipe is to exit with 1
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        status = 0
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
