@@ -61,33 +61,37 @@ class Recorder:
         self._limits = limits
         self._directory = Path(writer.path).absolute().parent
         self._disk_checked = 0.0
+        self._started = 0.0
         self.detector = Detector()
         self.progress = Progress()
+
+    def start(self) -> None:
+        """Wake the probes."""
+        self._started = time.monotonic()
+        self._session.start()
 
     def run(
         self,
         stopped: Callable[[], str | None],
         show: Callable[[], None] = lambda: None,
     ) -> str:
-        """Record until a limit is reached or `stopped` gives a reason; return the reason.
+        """Record, once started, until a limit or `stopped` gives a reason, and return that.
 
         `stopped` and `show` are called once a drain.  The session is stopped in any case.  Raises
         CaptureError when the capture can't be written; what was written stays readable.
         """
-        start = time.monotonic()
-        self._session.start()
         reason = None
         try:
             while reason is None:
                 time.sleep(self._session.tick)
                 self._take(self._session.drain())
-                self.progress.seconds = time.monotonic() - start
+                self.progress.seconds = time.monotonic() - self._started
                 reason = stopped() or self._limit()
                 show()
         finally:
             rest = self._session.stop()
         self._take(rest)
-        self.progress.seconds = time.monotonic() - start
+        self.progress.seconds = time.monotonic() - self._started
         return reason
 
     def _take(self, rows: NDArray[Any]) -> None:

@@ -47,7 +47,7 @@ def analyze(
         json.dump(result.to_document(), sys.stdout, indent=2)
         print()
     else:
-        print(render(result))
+        print(render(result), end="")
     if fail_on is None:
         return 0
     wanted = SEVERITIES.index(fail_on)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -114,6 +116,8 @@ def record(
     )
     path = output or Path(time.strftime("kvmprobe-%Y%m%d-%H%M%S.kvmprobe"))
     filters = Filters(_pid_of(pid, vm), vm, vcpu)
+    # Arrow is imported while BCC compiles.
+    threading.Thread(target=importlib.import_module, args=("pyarrow",), daemon=True).start()
     with Session(filters, backend=backend, kernel_headers=kernel_headers) as session:
         session.prepare()
         if dry_run:
@@ -154,6 +158,7 @@ def _record(session: Session, path: Path, force: bool, limits: Limits, command: 
             recorder = Recorder(session, writer, limits)
             child = _Child(command)
             with Status(recorder) as status:
+                recorder.start()
                 try:
                     child.start()
                     reason = recorder.run(lambda: interrupts.reason or child.ended(), status.show)
