@@ -96,7 +96,7 @@ def test_only_regular_files_are_replaced(tmp_path: Path, write: Write) -> None:
     [
         ("nowhere/out", "No such file or directory"),
         ("x" * 300, "File name too long"),
-        ("nul\0byte", "null byte"),
+        ("nul\0byte", "embedded null"),
     ],
 )
 def test_impossible_places(tmp_path: Path, write: Write, name: str, says: str) -> None:
