@@ -51,12 +51,11 @@ class Status:
         rate = (progress.events - self._events) / max(now - self._shown, _SECONDS)
         self._shown, self._events = now, progress.events
         line = Text(
-            f"recording {progress.seconds:.0f} s  {progress.events:,} events  {rate:,.0f}/s  "
+            f"{progress.seconds:.0f} s  {progress.events:,} events  {rate:,.0f}/s  "
             f"{progress.vcpus} vCPUs  {progress.bytes / 1e6:.1f} MB  "
         )
         line.append(f"{progress.lost:,} lost", style="red" if progress.lost else "")
         line.append("  ")
         found = self._recorder.detector.occurrences
         line.append(f"{found:,} findings", style="bold red" if found else "")
-        line.append("  Ctrl-C ends")
         self._live.update(line, refresh=True)

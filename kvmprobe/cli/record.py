@@ -117,7 +117,7 @@ def record(
     path = output or Path(time.strftime("kvmprobe-%Y%m%d-%H%M%S.kvmprobe"))
     filters = Filters(_pid_of(pid, vm), vm, vcpu)
     if sys.stderr.isatty():
-        print("compiling the probes …", file=sys.stderr)
+        print("compiling the probes …  (Ctrl-C ends the recording)", file=sys.stderr)
     # Arrow is imported while BCC compiles.
     threading.Thread(target=importlib.import_module, args=("pyarrow",), daemon=True).start()
     with Session(filters, backend=backend, kernel_headers=kernel_headers) as session:
