@@ -106,6 +106,7 @@ class Listed:
     spec: str
     version: str
     internal_slot: str
+    slot_module: bool
 
 
 def listed_kernels() -> list[Listed]:
@@ -118,6 +119,7 @@ def listed_kernels() -> list[Listed]:
             f"{entry['release']}/{entry['package']}={entry['version']}",
             entry["version"],
             entry["internal-slot"],
+            entry["slot-module"],
         )
         for entry in entries
     ]
