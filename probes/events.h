@@ -15,7 +15,7 @@
 #define KVMPROBE_EVENTS_H
 
 #define KVMPROBE_SCHEMA_MAJOR 1
-#define KVMPROBE_SCHEMA_MINOR 0
+#define KVMPROBE_SCHEMA_MINOR 1
 
 struct kvmprobe_event {
 	u64 ts;    /* CLOCK_MONOTONIC, ns, taken after the record was reserved */
@@ -52,7 +52,7 @@ struct kvmprobe_event {
  * | GENERATION | -             | generation before | generation     | -                 | -    | -               | as_id |
  * | NESTING    | -             | -                 | -              | -                 | -    | 1 entered L2, 0 left | - |
  * | SMM        | -             | -                 | -              | -                 | -    | 1 entered, 0 left | -   |
- * | LIFECYCLE  | process or thread start, ns | comm, bytes 0-7 | comm, bytes 8-15 | tgid or tid | - | lifecycle change | address spaces |
+ * | LIFECYCLE  | process or thread start, ns | comm or name, bytes 0-7 | comm or name, bytes 8-15 | tgid or tid | - | lifecycle change | address spaces, or part of the name |
  * | LOSS       | records       | -                 | -              | CPU               | -    | the observation | loss cause |
  */
 
@@ -112,7 +112,7 @@ enum kvmprobe_flag {
 	KVMPROBE_F_BY_GPA = 1 << 12,       /* MATCH: by gpa; without it by gva */
 	KVMPROBE_F_TO_USERSPACE = 1 << 13, /* MMIO: left to the VMM */
 	KVMPROBE_F_FAILED = 1 << 14,       /* EMULATE: the instruction could not be emulated */
-	KVMPROBE_F_BELIEVED = 1 << 15,     /* FAULT: a reserved-bit fault for which the cache is believed */
+	KVMPROBE_F_BELIEVED = 1 << 15,     /* FAULT: a reserved-bit fault for which the cache is believed; MATCH at RSVD says under which generation */
 	KVMPROBE_F_GEN_KNOWN = 1 << 16,    /* GEN_IS_AS0 and GEN_IS_CURRENT say something */
 	KVMPROBE_F_GEN_IS_AS0 = 1 << 17,   /* mmio_gen equals the generation of address space 0 */
 	KVMPROBE_F_GEN_IS_CURRENT = 1 << 18, /* mmio_gen equals the generation of the vCPU's address space */
@@ -121,6 +121,9 @@ enum kvmprobe_flag {
 	KVMPROBE_F_MATCHED = 1 << 21,      /* MMIO: the cache was believed in the same emulation */
 	KVMPROBE_F_PRESENT = 1 << 22,      /* SPTE: the old SPTE was present and differs from the new */
 	KVMPROBE_F_CANDIDATE = 1 << 23,    /* could matter to a rule: see kvmprobe_candidate() */
+	KVMPROBE_F_FILL_AS_KNOWN = 1 << 24, /* CACHE, MATCH, MMIO: OTHER_AS says something (since 1.1) */
+	KVMPROBE_F_OTHER_AS = 1 << 25,     /* CACHE, MATCH, MMIO: the cache was filled in the other address space */
+	KVMPROBE_F_STUCK = 1 << 26,        /* FAULT: in a long row of equal faults without progress (since 1.1) */
 };
 
 enum kvmprobe_fault_result {
@@ -163,6 +166,7 @@ enum kvmprobe_lifecycle_change {
 	KVMPROBE_VCPU_SEEN = 2, /* first event of a vCPU; aux: tid */
 	KVMPROBE_VCPU_GONE = 3, /* destroyed, or its place taken by another; aux: tid */
 	KVMPROBE_VM_GONE = 4,   /* destroyed; aux: tgid */
+	KVMPROBE_VM_NAMED = 5,  /* made by the drain: 16 bytes of the VMM's name for the VM; len: which 16 (since 1.1) */
 };
 
 enum kvmprobe_loss_cause {
@@ -181,8 +185,9 @@ enum kvmprobe_loss_cause {
 
 /*
  * Could this event make a difference to a rule, whatever came before it?  The live detector steps
- * over such events only.  Bulk types matter only where memory stands behind the address; the rest
- * are rare.  analysis/candidates.py says the same over columns, and a test compares the two.
+ * over such events only.  Bulk types matter only where memory stands behind the address, or where the
+ * MMIO cache meets SMM (CVE-2026-99082); the rest are rare.  analysis/candidates.py says the same over
+ * columns, and a test compares the two.
  */
 static inline int kvmprobe_candidate(u8 type, u32 flags, s16 slot)
 {
@@ -191,12 +196,15 @@ static inline int kvmprobe_candidate(u8 type, u32 flags, s16 slot)
 	case KVMPROBE_SPTE:
 		return !!(flags & KVMPROBE_F_PRESENT);
 	case KVMPROBE_FAULT:
-		return !!(flags & KVMPROBE_F_BELIEVED);
+		return !!(flags & (KVMPROBE_F_BELIEVED | KVMPROBE_F_STUCK));
 	case KVMPROBE_FAULTIN:
 		return slot >= KVMPROBE_SLOT_TSS;
 	case KVMPROBE_FILL:
-	case KVMPROBE_CACHE:
+		return slot >= 0 || (flags & KVMPROBE_F_SMM);
 	case KVMPROBE_MATCH:
+		return slot >= 0 || (flags & KVMPROBE_F_OTHER_AS) ||
+		       (flags & (KVMPROBE_F_SMM_SEEN | KVMPROBE_F_GEN_IS_CURRENT)) == KVMPROBE_F_SMM_SEEN;
+	case KVMPROBE_CACHE:
 	case KVMPROBE_MMIO:
 		return slot >= 0;
 	default:

@@ -58,7 +58,7 @@ static __always_inline int on_match(u64 gva, u64 gpa, u8 write, u8 by_gpa)
 	e.value = gva;
 	e.gen = c.gen;
 	e.aux = (u32)n.slots.gen;
-	e.flags |= compare_gen(&n, c.gen);
+	e.flags |= compare_gen(&n, c.gen) | compare_fill(&n, &c);
 	if (write)
 		e.flags |= KVMPROBE_F_WRITE;
 	if (by_gpa)
@@ -95,7 +95,7 @@ static __always_inline int on_mmio(u32 type, u32 len, u64 gpa)
 	e->vcpu = st->id;
 	e->type = KVMPROBE_MMIO;
 	e->site = KVMPROBE_AT_MMIO;
-	e->flags = st->flags | compare_gen(&n, c.gen);
+	e->flags = st->flags | compare_gen(&n, c.gen) | compare_fill(&n, &c);
 	if (type == KVMPROBE_MMIO_WRITE)
 		e->flags |= KVMPROBE_F_WRITE;
 	if (st->matched)
@@ -149,8 +149,10 @@ static __always_inline int on_refill(u8 site)
 		return 0;
 	vcpu = thread->vcpu;
 	st = vcpus.lookup(&vcpu);
-	if (st)
+	if (st) {
 		st->refill = site;
+		st->refill_flags = st->flags;
+	}
 	return 0;
 }
 
@@ -175,8 +177,10 @@ static __always_inline int on_mark_spte(u64 sptep, u64 gfn, u64 new_spte)
 	if ((old & (1 << 11)) && !(old >> 63) && old != new_spte)
 		e.flags |= KVMPROBE_F_PRESENT;
 	send(&e);
-	if (cfg->fill_by_diff)
+	if (cfg->fill_by_diff) {
 		n.st->refill = KVMPROBE_AT_MARK_MMIO_SPTE;
+		n.st->refill_flags = n.st->flags;
+	}
 	return 0;
 }
 

@@ -191,6 +191,9 @@ class Flag(IntFlag):
     MATCHED = _FLAG["MATCHED"]
     PRESENT = _FLAG["PRESENT"]
     CANDIDATE = _FLAG["CANDIDATE"]
+    FILL_AS_KNOWN = _FLAG["FILL_AS_KNOWN"]
+    OTHER_AS = _FLAG["OTHER_AS"]
+    STUCK = _FLAG["STUCK"]
 
 
 _FAULT_RESULT = _values("kvmprobe_fault_result")
@@ -263,6 +266,7 @@ class LifecycleChange(IntEnum):
     VCPU_SEEN = _LIFECYCLE_CHANGE["VCPU_SEEN"]
     VCPU_GONE = _LIFECYCLE_CHANGE["VCPU_GONE"]
     VM_GONE = _LIFECYCLE_CHANGE["VM_GONE"]
+    VM_NAMED = _LIFECYCLE_CHANGE["VM_NAMED"]
 
 
 _LOSS_CAUSE = _values("kvmprobe_loss_cause")

@@ -55,6 +55,13 @@ struct vcpu_state {
 	struct mmio_cache cache;    /* as last sampled */
 	u64 sampled_gen;            /* generation of the vCPU's address space at that sample */
 	u64 sampled_exits;          /* stat.exits at that sample */
+	u64 fault_addr;             /* the last fault, for a row of equal ones */
+	u64 fault_error;
+	u64 row;                    /* faults like it in a row, without progress */
+	u64 row_start;              /* ns */
+	u64 row_told;               /* how long the row was when last reported; 0: not yet */
+	u64 pf_taken;               /* KVM's counters at the last fault */
+	u64 pf_progress;
 	struct kvmprobe_event mmio; /* waits for the userspace exit that may follow */
 	struct slot_memo memo;
 	u32 vm;
@@ -63,12 +70,14 @@ struct vcpu_state {
 	u32 tid;
 	u32 flags;                  /* level and address space at the last arrival */
 	u32 sampled_flags;          /* the same at the last sample of the cache */
+	u32 refill_flags;           /* the same when the refill was announced */
 	u16 id;
 	u8 mmio_waits;              /* mmio holds a record */
 	u8 read_waits;              /* user space will answer an unsatisfied read */
 	u8 matched;                 /* the cache was believed during this instruction */
 	u8 refill;                  /* site of a fill to be read back at the next sample; 0: none */
 	u8 smm_seen;
+	u8 filled_in;               /* address space in which `cache` was filled, plus 1; 0: not known */
 	u8 replaced;                /* another vCPU lies at this address now */
 };
 BPF_TABLE("lru_hash", u64, struct vcpu_state, vcpus, 16384);

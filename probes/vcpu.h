@@ -99,6 +99,16 @@ static __always_inline int read_cache(struct mmio_cache *c, u64 vcpu, u8 type)
 	return 0;
 }
 
+/* Whether the cache's entry was filled in the other address space: known only of the entry last sampled. */
+static __always_inline u32 compare_fill(const struct now *n, const struct mmio_cache *c)
+{
+	const struct vcpu_state *st = n->st;
+
+	if (!st->filled_in || c->gfn != st->cache.gfn || c->gen != st->cache.gen)
+		return 0;
+	return KVMPROBE_F_FILL_AS_KNOWN | (st->filled_in - 1 != n->smm ? KVMPROBE_F_OTHER_AS : 0);
+}
+
 /* A FILL or CACHE event from the cache's contents. */
 static __always_inline void fill_in_cache(struct kvmprobe_event *e, struct now *n,
 					  const struct mmio_cache *c)
@@ -133,7 +143,7 @@ static __always_inline void sample_cache(struct now *n, u8 site)
 	struct vcpu_state *st = n->st;
 	struct mmio_cache c = {};
 	struct kvmprobe_event e = {};
-	int changed, moved, first = st->refill == KVMPROBE_AT_FIRST_SIGHT;
+	int changed, moved, sure, first = st->refill == KVMPROBE_AT_FIRST_SIGHT;
 
 	if (read_cache(&c, n->vcpu, KVMPROBE_CACHE))
 		return;
@@ -145,11 +155,19 @@ static __always_inline void sample_cache(struct now *n, u8 site)
 		return;
 	e.type = !first && (changed || st->refill) ? KVMPROBE_FILL : KVMPROBE_CACHE;
 	start(&e, st, e.type, st->refill ?: site);
-	/* A fill found later: whose it was is sure only if the vCPU has not changed level since and
-	 * left the guest at most once. */
-	if (changed && !st->refill &&
-	    (((st->flags ^ st->sampled_flags) & KVMPROBE_F_L2) || st->exits > st->sampled_exits + 1))
-		e.flags &= ~(KVMPROBE_F_LEVEL_KNOWN | KVMPROBE_F_L2);
+	if (e.type == KVMPROBE_FILL) {
+		/* A fill found later: whose it was is sure only if the vCPU has not changed level or
+		 * address space since, and left the guest at most once. */
+		sure = !((st->flags ^ (st->refill ? st->refill_flags : st->sampled_flags)) &
+			 (KVMPROBE_F_L2 | KVMPROBE_F_SMM)) &&
+		       (st->refill || st->exits <= st->sampled_exits + 1);
+		if (!sure)
+			e.flags &= ~(KVMPROBE_F_LEVEL_KNOWN | KVMPROBE_F_L2 | KVMPROBE_F_AS_KNOWN |
+				     KVMPROBE_F_SMM);
+		st->filled_in = sure ? n->smm + 1 : 0;
+	} else {
+		e.flags |= compare_fill(n, &c);
+	}
 	fill_in_cache(&e, n, &c);
 	st->refill = 0;
 	remember_sample(n, &c);

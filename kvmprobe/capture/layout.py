@@ -15,6 +15,7 @@ MEMBERS = {
     "OFF_VCPU_EXITS": ("kvm_vcpu", "stat.exits"),
     "OFF_VCPU_INSNS": ("kvm_vcpu", "stat.insn_emulation"),
     "OFF_VCPU_GUEST_MODE": ("kvm_vcpu", "stat.guest_mode"),
+    "OFF_VCPU_PF_TAKEN": ("kvm_vcpu", "stat.pf_taken"),
     "OFF_VCPU_MMU": ("kvm_vcpu", "arch.mmu"),
     "OFF_VCPU_GUEST_MMU": ("kvm_vcpu", "arch.guest_mmu"),
     "OFF_VCPU_NESTED_MMU": ("kvm_vcpu", "arch.nested_mmu"),
@@ -50,6 +51,9 @@ NEIGHBOURS = (
     ("kvm_vcpu", "arch.mmio_gva", "arch.mmio_access", 8),
     ("kvm_vcpu", "arch.mmio_gva", "arch.mmio_gfn", 16),
     ("kvm_vcpu", "arch.mmio_gva", "arch.mmio_gen", 24),
+    ("kvm_vcpu", "stat.pf_taken", "stat.pf_fixed", 8),
+    ("kvm_vcpu", "stat.pf_taken", "stat.pf_emulate", 16),
+    ("kvm_vcpu", "stat.pf_taken", "stat.pf_spurious", 24),
     ("kvm_memory_slot", "base_gfn", "npages", 8),
     ("kvm_memory_slot", "id", "as_id", 2),
 )

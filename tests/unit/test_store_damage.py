@@ -392,10 +392,11 @@ def test_newer_minor_version_is_readable(tmp_path: Path) -> None:
 def test_older_minor_version_lacks_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = some_rows(50, 1)
     codes = {name: code for name, code in fmt.CODES.items() if name != "aux"}
-    craft(tmp_path / "c", header_of(1, 0), codes, [schema.columns(rows)])
+    minor = schema.SCHEMA_MINOR
+    craft(tmp_path / "c", header_of(1, minor), codes, [schema.columns(rows)])
     with pytest.raises(CaptureError, match="column aux is missing"):
         CaptureReader(tmp_path / "c")
-    monkeypatch.setattr(schema, "SCHEMA_MINOR", 1)
+    monkeypatch.setattr(schema, "SCHEMA_MINOR", minor + 1)
     batches, _ = read(tmp_path / "c")
     rows["aux"] = 0
     assert same(batches, [rows])
