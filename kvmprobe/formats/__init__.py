@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Other tools' files: read into captures, and written from them."""

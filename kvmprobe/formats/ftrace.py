@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""Reads text: ftrace's `trace` and `trace_pipe`, and what `trace-cmd report` prints.
+
+Losses stand in it in three ways: "CPU:1 [LOST 17 EVENTS]" where they happened, "[17 EVENTS
+DROPPED]" in trace-cmd's words, and the header's entries-in-buffer/entries-written, whose
+difference was overwritten before the text begins.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmprobe.formats import lines
+from kvmprobe.formats.records import RECORD, SHOWN, Block, Point, Tally
+
+BLOCK = 2 << 20
+#: Longer lines are no trace; they are skipped, so that none can fill the memory.
+LONGEST_LINE = 64 << 10
+#: A lost record's CPU where the text doesn't say.
+ANY_CPU = 0xFFFF
+
+#: Threads whose names were told already; beyond so many they are told again.
+_KNOWN_MAX = 1 << 16
+
+_LOST = re.compile(rb"\s*CPU:\s*(\d{1,5}) \[(?:LOST )?(?:(\d{1,18}) )?EVENTS(?: DROPPED)?\]")
+_ENTRIES = re.compile(rb"# entries-in-buffer/entries-written: (\d{1,18})/(\d{1,18})")
+_PERF_LOST = re.compile(rb".*\[(\d{3,5})\] .*PERF_RECORD_LOST(?:_SAMPLES)?:? lost (\d{1,18})")
+_QUIET = re.compile(rb"\s*$|#|CPU \d+ is empty|cpus=\d+|version = \d+|\S+:$")
+
+
+class TextReader:
+    """Reads a text trace from a stream, in blocks of bounded size."""
+
+    def __init__(self, stream: BinaryIO, tally: Tally) -> None:
+        """Read from `stream`; what is met is counted in `tally`."""
+        self._stream = stream
+        self._tally = tally
+        self._known: set[int] = set()
+        self._last_ts = 0
+
+    def __iter__(self) -> Iterator[Block]:
+        """Yield the records; raises CaptureError when the stream can't be read on."""
+        rest = b""
+        skipping = False
+        while data := self._stream.read(BLOCK):
+            if skipping:
+                data = data[data.find(b"\n") + 1 or len(data) :]
+                skipping = not data
+            data = rest + data
+            cut = data.rfind(b"\n") + 1
+            rest = data[cut:]
+            if len(rest) > LONGEST_LINE:
+                self._tally.not_understood(1, [rest[:160]])
+                rest, skipping = b"", True
+            if cut:
+                yield self._block(data[:cut])
+        if rest:
+            # What it lacks may be digits of a number.
+            self._tally.not_understood(1, [rest[:160]])
+
+    def _block(self, data: bytes) -> Block:
+        tally = self._tally
+        text = lines.text_of(data)
+        parsed = lines.parse(text, self._known, tally.systems)
+        tally.systems |= parsed.systems
+        tally.read += parsed.events
+        tally.not_understood(
+            len(parsed.headed), [text.line(n) for n in parsed.headed[:SHOWN].tolist()]
+        )
+        block = parsed.block
+        lost = self._others(text, parsed.other)
+        if lost:
+            marks = np.zeros(len(lost), RECORD)
+            at = np.searchsorted(parsed.record_lines, [line for line, _, _ in lost])
+            for mark, (_, cpu, count), place in zip(marks, lost, at.tolist(), strict=True):
+                mark["point"], mark["cpu"], mark["a"] = Point.LOST, min(cpu, ANY_CPU), count
+                mark["ts"] = block.records["ts"][place - 1] if place else self._last_ts
+            block = Block(np.insert(block.records, at, marks), block.comms)
+        if len(block.records):
+            self._last_ts = int(block.records["ts"][-1])
+        if len(self._known) > _KNOWN_MAX:
+            self._known.clear()
+        self._known.update(block.comms)
+        tally.took(block.records)
+        return block
+
+    def _others(self, text: lines.Text, numbers: NDArray[np.int64]) -> list[tuple[int, int, int]]:
+        """Look at lines that are no events: returns losses as (line, CPU, records)."""
+        lost = []
+        unknown = 0
+        first = []
+        for number in numbers.tolist():
+            line = text.line(number)
+            if m := _LOST.match(line):
+                lost.append((number, int(m[1]), int(m[2] or 1)))
+            elif m := _ENTRIES.match(line):
+                if int(m[2]) > int(m[1]):
+                    lost.append((number, ANY_CPU, int(m[2]) - int(m[1])))
+            elif m := _PERF_LOST.match(line):
+                lost.append((number, int(m[1]), int(m[2])))
+            elif not _QUIET.match(line):
+                unknown += 1
+                if len(first) < SHOWN:
+                    first.append(line[:160])
+        self._tally.not_understood(unknown, first)
+        return lost
