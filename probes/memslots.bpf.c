@@ -100,8 +100,7 @@ static __always_inline int on_vcpu_destroy(u64 vcpu)
 
 static __always_inline int on_vm_destroy(u64 kvm)
 {
-	struct kvmprobe_event e = {};
-	struct memslots m = {};
+	struct memslots first = {}, second = {};
 	struct vm_state *vm;
 	struct vm_key key;
 
@@ -109,22 +108,11 @@ static __always_inline int on_vm_destroy(u64 kvm)
 	vm = vms.lookup(&key);
 	if (!vm || vm->gone)
 		return 0;
-	read_memslots(&m, kvm, ADDRESS_SPACES - 1, KVMPROBE_LIFECYCLE);
-	vm->gone = m.gen;
-	read_memslots(&m, kvm, 0, KVMPROBE_LIFECYCLE);
-	if (m.gen < vm->gone)
-		vm->gone = m.gen;
-	if (!vm->gone) /* never had a slot */
-		vm->gone = 1;
-	e.vm = vm->vm;
-	e.vcpu = 0xffff;
-	e.type = KVMPROBE_LIFECYCLE;
-	e.site = KVMPROBE_AT_VM_DESTROY;
-	e.slot = -1;
-	e.kind = KVMPROBE_VM_GONE;
-	e.addr = key.start;
-	e.aux = key.tgid;
-	send(&e);
+	send_vm_gone(vm, &key, KVMPROBE_AT_VM_DESTROY);
+	read_memslots(&first, kvm, 0, KVMPROBE_LIFECYCLE);
+	read_memslots(&second, kvm, ADDRESS_SPACES - 1, KVMPROBE_LIFECYCLE);
+	/* 1 where it never had a slot */
+	vm->gone = (first.gen < second.gen ? first.gen : second.gen) ?: 1;
 	return 0;
 }
 

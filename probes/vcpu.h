@@ -273,6 +273,22 @@ static __always_inline struct vm_state *get_vm(const struct vm_key *key, u64 gen
 	return vm;
 }
 
+static __always_inline void send_vm_gone(struct vm_state *vm, const struct vm_key *key, u8 site)
+{
+	struct kvmprobe_event e = {};
+
+	e.vm = vm->vm;
+	e.vcpu = 0xffff;
+	e.type = KVMPROBE_LIFECYCLE;
+	e.site = site;
+	e.slot = -1;
+	e.kind = KVMPROBE_VM_GONE;
+	e.addr = key->start;
+	e.aux = key->tgid;
+	vm->gone = 1;
+	send(&e);
+}
+
 static __always_inline void send_lifecycle(struct vcpu_state *st, u8 kind, u8 site)
 {
 	struct kvmprobe_event e = {};
@@ -412,6 +428,13 @@ static __always_inline int introduce(u64 vcpu, u8 site)
 	thread.vcpu = vcpu;
 	threads.update(&tid, &thread);
 	st = vcpus.lookup(&vcpu);
+	if (st && st->replaced && st->vm == vm->vm) {
+		/* vCPUs go only with their VM: another vCPU at this address is another VM at that one. */
+		send_vm_gone(vm, &key, KVMPROBE_AT_FIRST_SIGHT);
+		vm = get_vm(&key, 0);
+		if (!vm)
+			return -1;
+	}
 	known = st && !st->replaced && st->vm == vm->vm;
 	if (st)
 		flush_mmio(st);

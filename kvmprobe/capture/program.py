@@ -86,11 +86,11 @@ class Program:
     def _link(self, prefix: str, kind: str) -> None:
         """Fill the tail-call tables of probes/vcpu.h: to introduce(), and back by site."""
         introduce = self.load_one(f"{prefix}_introduce", kind, "introduce")
-        self._bpf[f"introduce_{prefix}"][ctypes.c_int(0)] = ctypes.c_int(introduce)
+        self._bpf[f"introduce_{prefix}".encode()][ctypes.c_int(0)] = ctypes.c_int(introduce)
         for program, site in _ARRIVING.items():
             if program in self._loaded and program.startswith(prefix):
                 fd = self._bpf.funcs[program.encode()].fd
-                self._bpf[f"again_{prefix}"][ctypes.c_int(site)] = ctypes.c_int(fd)
+                self._bpf[f"again_{prefix}".encode()][ctypes.c_int(site)] = ctypes.c_int(fd)
 
     def attach(self, plan: Plan, fentry_prefix: str) -> None:
         """Attach all programs of the plan, tracepoints last.
@@ -164,11 +164,11 @@ class Program:
 
     def ring_fd(self) -> int:
         """The descriptor of the ring buffer map."""
-        return int(self._bpf["events"].map_fd)
+        return int(self._bpf[b"events"].map_fd)
 
     def configure(self, **values: int) -> None:
         """Set the fields of struct config."""
-        table = self._bpf["config"]
+        table = self._bpf[b"config"]
         leaf = table[table.Key(0)]
         for name, value in values.items():
             setattr(leaf, name, value)
@@ -176,7 +176,7 @@ class Program:
 
     def give_vm_numbers(self, first: int, n: int) -> None:
         """Put n numbers for new VMs, from `first`, into their queue."""
-        queue = self._bpf["vm_numbers"]
+        queue = self._bpf[b"vm_numbers"]
         for number in range(first, first + n):
             queue.push(ctypes.c_uint32(number))
 
@@ -184,7 +184,7 @@ class Program:
         """The counters so far: shape (CPUs, causes, observations); cause 0 is what was sent."""
         key = ctypes.c_int(0)
         if self._bcc.lib.bpf_lookup_elem(
-            self._bpf["counters"].map_fd,
+            self._bpf[b"counters"].map_fd,
             ctypes.byref(key),
             ctypes.c_void_p(self._counters.ctypes.data),
         ):
@@ -193,7 +193,7 @@ class Program:
 
     def waiting_events(self) -> list[bytes]:
         """MMIO records that still wait for a userspace exit, as their 56 bytes each."""
-        return [bytes(state.mmio) for state in self._bpf["vcpus"].values() if state.mmio_waits]
+        return [bytes(state.mmio) for state in self._bpf[b"vcpus"].values() if state.mmio_waits]
 
     def recursion_misses(self) -> dict[Type, int]:
         """How often the kernel skipped a program because another ran on its CPU."""

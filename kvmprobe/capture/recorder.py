@@ -61,7 +61,7 @@ class Recorder:
         self._limits = limits
         self._directory = Path(writer.path).absolute().parent
         self._disk_checked = 0.0
-        self._started = 0.0
+        self._started: float | None = None
         self.detector = Detector()
         self.progress = Progress()
 
@@ -80,18 +80,21 @@ class Recorder:
         `stopped` and `show` are called once a drain.  The session is stopped in any case.  Raises
         CaptureError when the capture can't be written; what was written stays readable.
         """
+        if self._started is None:
+            raise RuntimeError("the recorder is not started")
+        started = self._started
         reason = None
         try:
             while reason is None:
                 time.sleep(self._session.tick)
                 self._take(self._session.drain())
-                self.progress.seconds = time.monotonic() - self._started
+                self.progress.seconds = time.monotonic() - started
                 reason = stopped() or self._limit()
                 show()
         finally:
             rest = self._session.stop()
         self._take(rest)
-        self.progress.seconds = time.monotonic() - self._started
+        self.progress.seconds = time.monotonic() - started
         return reason
 
     def _take(self, rows: NDArray[Any]) -> None:

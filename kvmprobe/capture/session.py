@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmprobe.analysis.vms import named
 from kvmprobe.capture.layout import Layout, read_layout
 from kvmprobe.capture.plan import METHODS, Method, Plan, make_plan
 from kvmprobe.capture.program import (
@@ -25,6 +26,7 @@ from kvmprobe.host.bccload import load_bcc
 from kvmprobe.host.btf import KernelBtf
 from kvmprobe.host.facts import access
 from kvmprobe.host.symbols import Symbols, kprobes_available
+from kvmprobe.host.vms import vm_name
 from kvmprobe.probes.schema import EVENT, NO_VCPU, Flag, LifecycleChange, LossCause, Site, Type
 
 #: Bytes of the ring: a quarter of a second at a million events a second.
@@ -36,6 +38,7 @@ _RECURSION_SECONDS = 1.0
 _NO_FILTER = 0xFFFFFFFF
 _NO_CPU = 0xFFFFFFFF
 _CANDIDATE = int(Flag.CANDIDATE)
+_NOTHING = np.zeros(0, EVENT)
 
 
 @dataclass(frozen=True)
@@ -188,19 +191,24 @@ class Session:
         rate = pending / max(now - self._last_drain, 1e-6)
         self.tick = max(_MIN_TICK, min(MAX_TICK, RING_BYTES / max(rate, 1.0) / 4))
         self._last_drain = now
-        self._refill_vm_numbers(events)
-        losses = self._losses(now)
-        return np.concatenate([events, losses]) if len(losses) else events
+        return np.concatenate([events, self._meet_vms(events), self._losses(now)])
 
-    def _refill_vm_numbers(self, events: NDArray[Any]) -> None:
-        seen = int(
-            np.count_nonzero(
-                (events["type"] == Type.LIFECYCLE) & (events["kind"] == LifecycleChange.VM_SEEN)
-            )
-        )
-        if seen:
-            self._need().give_vm_numbers(self._next_vm, seen)
-            self._next_vm += seen
+    def _meet_vms(self, events: NDArray[Any]) -> NDArray[Any]:
+        """Replace the numbers that new VMs took, and make the events that tell their names."""
+        seen = events[
+            (events["type"] == Type.LIFECYCLE) & (events["kind"] == LifecycleChange.VM_SEEN)
+        ]
+        if len(seen):
+            self._need().give_vm_numbers(self._next_vm, len(seen))
+            self._next_vm += len(seen)
+        names = [
+            named(int(vm["vm"]), int(vm["aux"]), name, int(vm["ts"]))
+            for vm in seen
+            if (name := vm_name(int(vm["aux"])))
+        ]
+        events = np.concatenate([_NOTHING, *names])
+        events["flags"] = _CANDIDATE
+        return events
 
     def _losses(self, now: float) -> NDArray[Any]:
         """LOSS events for what the counters say was lost since the last time."""

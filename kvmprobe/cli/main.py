@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from kvmprobe import __version__
-from kvmprobe.cli import analyze, doctor, info, record, rules
+from kvmprobe.cli import analyze, doctor, export, info, record, rules
 from kvmprobe.errors import KvmprobeError
 
 app = typer.Typer(
@@ -23,8 +23,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (record.record, analyze.analyze, info.info, rules.rules, doctor.doctor):
+for command in (
+    record.record,
+    analyze.analyze,
+    info.info,
+    export.export,
+    rules.rules,
+    doctor.doctor,
+):
     app.command()(command)
+
+
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def _version(wanted: bool) -> None:
@@ -49,6 +59,7 @@ def main() -> None:
     that closes our output early (`| head`) ends us silently.
     """
     _open_closed_streams()
+    status = 0
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
@@ -59,18 +70,16 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except BrokenPipeError:
-        status = 0
+        pass  # the status is the command's, if it came to its end
     except SystemExit as end:
         # typer's own answer to a closed pipe is to exit with 1
         if not isinstance(end.__context__, BrokenPipeError):
             raise
-        status = 0
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in _OUTPUT_ERRORS:
             raise
         status = _fail(f"can't write the output: {error.strerror}", 1)
-    if sys.stdout.closed or status == 0:
-        _drop_broken_stdout()
+    _drop_broken_stdout()
     sys.exit(status)
 
 
@@ -89,8 +98,8 @@ def _fail(message: str, status: int) -> int:
 
 
 def _drop_broken_stdout() -> None:
-    """Keep the interpreter's last flush from failing aloud on a closed pipe."""
+    """Keep the interpreter's last flush from failing aloud on a closed pipe or a full disk."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,9 +25,9 @@ def running_vms(proc: Path = Path("/proc")) -> Iterator[Vm]:
     for directory in sorted(proc.glob("[0-9]*"), key=lambda d: int(d.name)):
         try:
             if _holds_vm(directory):
-                arguments = (directory / "cmdline").read_bytes().split(b"\0")
                 comm = (directory / "comm").read_text(errors="replace").strip()
-                yield Vm(int(directory.name), _qemu_name(arguments), comm)
+                pid = int(directory.name)
+                yield Vm(pid, vm_name(pid, proc), comm)
         except OSError:
             continue
 
@@ -46,6 +46,15 @@ def find_vm(name: str, proc: Path = Path("/proc")) -> Vm:
         raise UsageError(f"more than one VM is called {name!r}: use --pid with one of {pids}")
     names = ", ".join(sorted(vm.name for vm in vms if vm.name)) or "none with a name"
     raise UsageError(f"no running VM is called {name!r}; running: {names}")
+
+
+def vm_name(pid: int, proc: Path = Path("/proc")) -> str | None:
+    """What the VMM of process `pid` calls its VM (QEMU's -name); None where it says nothing."""
+    try:
+        arguments = (proc / str(pid) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return _qemu_name(arguments)
 
 
 def _holds_vm(directory: Path) -> bool:

@@ -20,7 +20,6 @@ from kvmprobe.capture import session as session_module
 from kvmprobe.capture.session import Filters, Session
 from kvmprobe.errors import GuestError
 from kvmprobe.guests import kvm, load
-from kvmprobe.host.symbols import kprobes_available
 from kvmprobe.probes import schema
 from kvmprobe.probes.schema import (
     NO_VCPU,
@@ -340,10 +339,6 @@ def test_a_vcpu_at_an_old_ones_address_is_another(many: Many) -> None:
     assert (counted.missing, counted.anomaly_counts) == (0, {})
 
 
-@pytest.mark.xfail(
-    not kprobes_available(),
-    reason="without a probe of kvm_destroy_vm() a VM at an old one's address keeps its number",
-)
 def test_vms_of_one_process_have_numbers_of_their_own(many: Many) -> None:
     events, pid, _ = many
     seen = seen_of(events, LifecycleChange.VM_SEEN)
