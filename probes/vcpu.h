@@ -452,6 +452,8 @@ static __always_inline int introduce(u64 vcpu, u8 site)
 		st->tgid = key.tgid;
 		st->flags = read_flags(vcpu, KVMPROBE_LIFECYCLE);
 		st->smm_seen = !!(st->flags & KVMPROBE_F_SMM);
+		if (st->smm_seen)
+			st->flags |= KVMPROBE_F_SMM_SEEN;
 		send_lifecycle(st, KVMPROBE_VCPU_SEEN, KVMPROBE_AT_FIRST_SIGHT);
 	}
 	read_now(&n, key.kvm, st->flags, KVMPROBE_CACHE);
