@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmprobe.analysis import steps
+from kvmprobe.analysis.candidates import Selection
 from kvmprobe.analysis.findings import Acquittal, Cause, Finding
 from kvmprobe.analysis.jit import Scan, compiled_scan
 from kvmprobe.analysis.jit import available as jit_available
@@ -26,17 +27,7 @@ _STEPPED = ("ts", "type", "site", "flags", "slot", "kind")
 _FIRST_CAPACITY = 64
 
 
-def _below_watched() -> NDArray[np.int16]:
-    """For each type, the slot that an event's must be above for any rule to answer."""
-    below = np.full(256, np.iinfo(np.int16).max, np.int16)
-    below[Type.LIFECYCLE] = np.iinfo(np.int16).min
-    for rule in RULES:
-        for kind, slot in rule.watches:
-            below[kind] = min(int(below[kind]), slot - 1)
-    return below
-
-
-_BELOW_WATCHED = _below_watched()
+_WATCHED = Selection({Type.LIFECYCLE, *(kind for rule in RULES for kind in rule.watches)})
 
 
 @dataclass
@@ -96,7 +87,7 @@ class Detector:
             columns: every field of the event; contiguous or not, read-only or not.
 
         """
-        chosen = np.flatnonzero(columns["slot"] > _BELOW_WATCHED.take(columns["type"]))
+        chosen = np.flatnonzero(_WATCHED.mask(columns))
         if not len(chosen):
             return
         key = columns["vm"][chosen].astype(np.int64) << 16 | columns["vcpu"][chosen]
@@ -214,11 +205,13 @@ class Detector:
     def _forget(self) -> None:
         """Drop vCPUs and VMs that are gone and have no findings, once they are the most."""
         used, places = self._used, self._places
+        if used < _FIRST_CAPACITY:
+            return
         vm = places.vm[:used]
         gone = places.gone[:used] | places.gone[vm] | (places.epoch[:used] != places.epoch[vm])
         keep = ~gone | places.counts[:used].any(axis=1)
         keep[vm[keep]] = True
-        if used >= _FIRST_CAPACITY and keep.sum() <= used // 2:
+        if keep.sum() <= used // 2:
             kept = np.flatnonzero(keep)
             self._move(kept, max(_FIRST_CAPACITY, 2 * len(kept)))
 

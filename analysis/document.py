@@ -87,6 +87,7 @@ def _capture(capture: CaptureAnalysis) -> dict[str, Any]:
         "truncated": coverage.truncated,
         "damaged": coverage.damaged,
         "unknown_events": coverage.unknown,
+        "anomalies": dict(sorted(integrity.anomaly_counts.items())),
     }
 
 
@@ -99,8 +100,9 @@ def _finding(capture: CaptureAnalysis, finding: Finding, number: int) -> dict[st
         "capture": number,
         "vm": {"id": vm.id, "name": vm.name, "pid": vm.pid},
         "vcpu": finding.vcpu,
+        "thread": capture.names.thread(finding.vm, finding.vcpu),
         "level": finding.level,
-        "gpa": f"0x{finding.gpa:x}",
+        "gpa": f"0x{finding.gpa:x}" if finding.has_gpa else None,
         "slot": finding.slot,
         "slot_confidence": finding.slot_confidence,
         "first_ns": capture.since_start(finding.first_ts),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmprobe.analysis.rules.model import Rule
-from kvmprobe.probes.schema import NO_VCPU, Flag
+from kvmprobe.probes.schema import Flag, Type
 
 
 def level_of(flags: int) -> str:
@@ -64,8 +64,16 @@ class Finding:
 
     @property
     def gpa(self) -> int:
-        """The guest physical address of the first occurrence."""
+        """The guest physical address of the first occurrence; a gva if a shadow MMU faulted on it.
+
+        It means something only where `has_gpa`.
+        """
         return int(self.first["addr"])
+
+    @property
+    def has_gpa(self) -> bool:
+        """Whether there is an address: a change of the memslots has none."""
+        return bool(self.first["type"] != Type.GENERATION)
 
     @property
     def slot(self) -> int | None:
@@ -97,8 +105,3 @@ class Acquittal:
     rule: Rule
     first: np.void
     count: int
-
-
-def vcpu_name(vcpu: int) -> str:
-    """Write a vCPU's number; events of a VM itself have none."""
-    return "-" if vcpu == NO_VCPU else str(vcpu)

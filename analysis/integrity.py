@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Is the stream whole?  Losses by observation, gaps and anomalies in each vCPU's sequence.
+"""Is the stream whole, and can a kernel have made it?  Losses, gaps and anomalies.
 
-Rules don't look at this: it says how far their silence can be trusted.
+Rules don't look at this: it says how far their silence can be trusted.  What they find on a vCPU
+whose events no kernel can have made is no finding.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmprobe.probes.schema import NO_VCPU, Columns, LifecycleChange, LossCause, Type
+from kvmprobe.probes.schema import NO_VCPU, Columns, Flag, LifecycleChange, LossCause, Type
 
 #: Gaps and anomalies are listed up to so many; their totals are exact.
 LIST_LIMIT = 100
@@ -20,6 +21,36 @@ LIST_LIMIT = 100
 _FOLLOWED = ("ts", "vm", "vcpu", "seq", "type", "kind")
 _REPEATS = "repeats"
 _GOES_BACK = "goes back"
+_NO_VM = "belongs to no VM"
+#: Flags that contradict each other -> the anomaly's kind.
+_CONTRADICTIONS = (
+    ((Flag.L2, Flag.LEVEL_KNOWN), "L2 without a known level"),
+    ((Flag.SMM, Flag.AS_KNOWN), "SMM without a known address space"),
+    ((Flag.SMM, Flag.TWO_AS), "SMM with one address space"),
+    ((Flag.GEN_IS_AS0, Flag.GEN_KNOWN), "a compared generation that isn't known"),
+    ((Flag.GEN_IS_CURRENT, Flag.GEN_KNOWN), "a compared generation that isn't known"),
+    ((Flag.OTHER_AS, Flag.FILL_AS_KNOWN), "another address space that isn't known"),
+)
+# Those flags as one small number: the low four, GEN_* and TWO_AS, FILL_AS_KNOWN and OTHER_AS.
+_LOW, _MIDDLE, _HIGH = 0xF, 0xF0, 0x300
+_MIDDLE_SHIFT, _HIGH_SHIFT = np.uint32(12), np.uint32(16)
+
+
+def _small(flags: int) -> int:
+    return flags & _LOW | flags >> 12 & _MIDDLE | flags >> 16 & _HIGH
+
+
+def _impossible() -> NDArray[np.uint8]:
+    """For each small number, 1 + the index of the contradiction in it; 0: none."""
+    table = np.zeros(1 << 10, np.uint8)
+    number = np.arange(len(table))
+    for i, ((one, other), _) in reversed(tuple(enumerate(_CONTRADICTIONS))):
+        alone = ((number & _small(int(one))) != 0) & ((number & _small(int(other))) == 0)
+        table[alone] = i + 1
+    return table
+
+
+_IMPOSSIBLE = _impossible()
 _UNSEEN = np.int64(-1)
 
 
@@ -44,7 +75,11 @@ class Gap:
 
 @dataclass(frozen=True)
 class Anomaly:
-    """A sequence number that can't be: `kind` is "repeats" or "goes back"."""
+    """An event that no kernel can make, by `kind`.
+
+    A sequence number "repeats" or "goes back", flags contradict each other, or a vCPU "belongs to
+    no VM".
+    """
 
     kind: str
     vm: int
@@ -69,6 +104,7 @@ class Integrity:
         #: The first anomalies, and how many there are of each kind.
         self.anomalies: list[Anomaly] = []
         self.anomaly_counts: Counter[str] = Counter()
+        self._doubtful: set[int] = set()
 
     @property
     def total(self) -> int:
@@ -96,7 +132,8 @@ class Integrity:
         """Take in one batch.
 
         Args:
-            columns: a batch with `ts`, `vm`, `vcpu`, `seq`, `type`, `addr`, `aux`, `kind`, `len`.
+            columns: a batch with `ts`, `vm`, `vcpu`, `seq`, `type`, `flags`, `addr`, `aux`,
+                `kind`, `len`.
 
         """
         kinds = columns["type"]
@@ -105,6 +142,7 @@ class Integrity:
         for i in np.flatnonzero(kinds == Type.LOSS).tolist():
             key = (int(columns["kind"][i]), int(columns["aux"][i]), int(columns["len"][i]))
             self.lost[key] += int(columns["addr"][i])
+        self._check(columns)
         own = np.flatnonzero((kinds != Type.LOSS) & (columns["vcpu"] != NO_VCPU))
         if len(own):
             self._follow({name: columns[name][own] for name in _FOLLOWED})
@@ -112,6 +150,36 @@ class Integrity:
         if gone.any():
             vms = set(columns["vm"][gone].tolist())
             self._last = {k: seq for k, seq in self._last.items() if k >> 16 not in vms}
+
+    def trusts(self, vm: int, vcpu: int) -> bool:
+        """Whether a kernel can have made all events of a vCPU (NO_VCPU: of a VM) so far."""
+        return vm << 16 | vcpu not in self._doubtful
+
+    def _check(self, columns: Columns) -> None:
+        """Look for events that can't be, each by itself."""
+        flags = columns["flags"]
+        small = flags & _LOW
+        small |= flags >> _MIDDLE_SHIFT & _MIDDLE
+        small |= flags >> _HIGH_SHIFT & _HIGH
+        wrong = _IMPOSSIBLE.take(small)
+        if wrong.any():
+            for i in np.unique(wrong[wrong != 0]).tolist():
+                self._doubt(_CONTRADICTIONS[i - 1][1], columns, np.flatnonzero(wrong == i))
+        homeless = columns["vm"] == 0
+        if homeless.any():
+            homeless = homeless & (columns["type"] != Type.LOSS)
+            self._doubt(_NO_VM, columns, np.flatnonzero(homeless))
+
+    def _doubt(self, kind: str, columns: Columns, rows: NDArray[np.intp]) -> None:
+        """Count anomalies of one kind, list the first, and remember whose they are."""
+        if not len(rows):
+            return
+        self.anomaly_counts[kind] += len(rows)
+        vm, vcpu = columns["vm"][rows], columns["vcpu"][rows]
+        self._doubtful.update(np.unique(vm.astype(np.int64) << 16 | vcpu).tolist())
+        for i in range(min(len(rows), LIST_LIMIT - len(self.anomalies))):
+            seq, ts = int(columns["seq"][rows[i]]), int(columns["ts"][rows[i]])
+            self.anomalies.append(Anomaly(kind, int(vm[i]), int(vcpu[i]), seq, ts))
 
     def _follow(self, columns: Columns) -> None:
         """Compare each event's sequence number with the one before it on the same vCPU."""
@@ -138,18 +206,13 @@ class Integrity:
         if not len(odd):
             return
         self.missing += int((step[odd][step[odd] > 1] - 1).sum())
-        for kind, many in ((_REPEATS, int((step == 0).sum())), (_GOES_BACK, int((step < 0).sum()))):
-            if many:
-                self.anomaly_counts[kind] += many
         jumps = odd[step[odd] > 1][: LIST_LIMIT - len(self.gaps)]
         for i in jumps.tolist():
             vm, vcpu = int(key[i]) >> 16, int(key[i]) & 0xFFFF
             self.gaps.append(Gap(vm, vcpu, int(before[i]), int(step[i]) - 1, int(ts[i])))
-        wrong = odd[step[odd] <= 0][: LIST_LIMIT - len(self.anomalies)]
-        for i in wrong.tolist():
-            vm, vcpu = int(key[i]) >> 16, int(key[i]) & 0xFFFF
-            kind = _REPEATS if step[i] == 0 else _GOES_BACK
-            self.anomalies.append(Anomaly(kind, vm, vcpu, int(seq[i]), int(ts[i])))
+        sorted_columns = {"vm": key >> 16, "vcpu": key & 0xFFFF, "seq": seq, "ts": ts}
+        self._doubt(_REPEATS, sorted_columns, np.flatnonzero(step == 0))
+        self._doubt(_GOES_BACK, sorted_columns, np.flatnonzero(step < 0))
 
 
 def _by_vcpu(columns: Columns) -> NDArray[np.intp]:

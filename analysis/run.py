@@ -159,7 +159,7 @@ def _analyze(reader: Reader, *, jit: bool) -> CaptureAnalysis:
         damaged=len(reader.damaged),
         truncated=reader.truncated,
     )
-    findings = tuple(detector.findings())
+    findings = tuple(f for f in detector.findings() if integrity.trusts(f.vm, f.vcpu))
     return CaptureAnalysis(
         path=str(reader.path),
         header=reader.header,

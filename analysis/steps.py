@@ -161,8 +161,9 @@ def scan(rows: Rows, places: Places, out: Out, start: int, used: int) -> tuple[i
         places.gone[place] = False
         places.gone[vm] = False
         event = Event(
-            rows.type[i], rows.site[i], rows.flags[i], rows.gfn[i], rows.slot[i], rows.kind[i]
-        )
+            rows.ts[i], rows.type[i], rows.site[i], rows.flags[i], rows.gfn[i], rows.slot[i],
+            rows.kind[i],
+        )  # fmt: skip
         codes = STEP_ALL(event, places.words, place * N_WORDS)
         if codes == 0:
             continue

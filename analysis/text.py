@@ -6,9 +6,9 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from kvmprobe.analysis.findings import Finding, vcpu_name
+from kvmprobe.analysis.findings import Finding
 from kvmprobe.analysis.vms import printable
-from kvmprobe.probes.schema import SLOT_APIC, SLOT_IDENTITY, SLOT_TSS
+from kvmprobe.probes.schema import NO_VCPU, SLOT_APIC, SLOT_IDENTITY, SLOT_TSS
 
 if TYPE_CHECKING:
     from kvmprobe.analysis.run import Analysis, CaptureAnalysis
@@ -98,6 +98,10 @@ def _put_captures(page: _Page, analysis: Analysis) -> None:
         if capture.header["started"]:
             text += f", recorded {capture.header['started']}"
         page.put(text, hang=2)
+        if integrity.anomaly_counts:
+            kinds = sorted(integrity.anomaly_counts.items())
+            named = ", ".join(f"{kind} ({count:,})" for kind, count in kinds)
+            page.put(f"events that no kernel makes: {named}", indent=2, hang=4)
         source = capture.header["source"]
         if source["note"]:
             page.put(str(source["note"]), indent=2)
@@ -115,9 +119,15 @@ def _put_finding(
     page.put(f"{finding.rule.severity} {finding.rule.id}: {finding.rule.title}", indent=2, hang=4)
     if name_capture:
         page.put(capture.path, head="in      ", indent=4, hang=12)
+    where = f"VM {vm.id}{f' ({process})' if process else ''}"
+    if finding.has_gpa:
+        where = f"gpa 0x{finding.gpa:x} ({slot_name(finding.slot)}{presumed}), {where}"
+    if finding.vcpu != NO_VCPU:
+        thread = capture.names.thread(finding.vm, finding.vcpu)
+        in_thread = "" if thread in (None, vm.pid) else f" (thread {thread})"
+        where += f", vCPU {finding.vcpu}{in_thread}, {level}"
     page.put(
-        f"gpa 0x{finding.gpa:x} ({slot_name(finding.slot)}{presumed}), VM {vm.id}"
-        f"{f' ({process})' if process else ''}, vCPU {vcpu_name(finding.vcpu)}, {level}",
+        where,
         head="where   ",
         indent=4,
         hang=12,

@@ -89,7 +89,7 @@ def _missing(fault: str, coverage: Coverage) -> tuple[str, ...]:
     if coverage.unexplained:
         missing[f"lost: {_records(coverage.unexplained)} of unknown observations"] = None
     if coverage.anomalies:
-        missing[f"out of sequence: {_records(coverage.anomalies)}"] = None
+        missing[f"no kernel makes: {_records(coverage.anomalies)}"] = None
     if coverage.unknown:
         missing[f"not understood: {_records(coverage.unknown)} of a newer kvmprobe"] = None
     if coverage.damaged:
@@ -126,9 +126,7 @@ def _judge(
         and (own := [f for f in findings if f.rule.id == rule.id])
     )
     proofs = tuple(
-        f"{a.count} fault(s) of L2 on KVM's own memslots were kept: the kernel shows them to L2"
-        for a in acquittals
-        if a.rule.fault == fault
+        f"{a.rule.id}: {a.count} {a.rule.acquittal}" for a in acquittals if a.rule.fault == fault
     )
     if basis:
         verdict = VULNERABLE

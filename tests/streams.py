@@ -122,11 +122,16 @@ def told(detector: Detector) -> list[tuple[Any, ...]]:
 
 
 _BASE = (L1, L2, L1, L2, L1 | LIVE, L1 | LIVE, UNKNOWN, L1 | Flag.UNSTABLE)
+_TWO = Flag.TWO_AS | Flag.AS_KNOWN
 _FLAGS = st.sampled_from(_BASE).flatmap(
     lambda base: st.sampled_from(
         (
             base, base, base, base | Flag.MATCHED, base | Flag.SLOT_INVALID, base | Flag.PRESENT,
-            base | Flag.BELIEVED, base | Flag.TWO_AS | Flag.SMM_SEEN,
+            base | Flag.BELIEVED, base | Flag.TWO_AS | Flag.SMM_SEEN, base | Flag.STUCK,
+            base | _TWO | Flag.SMM_SEEN | Flag.FILL_AS_KNOWN,
+            base | _TWO | Flag.SMM_SEEN | Flag.FILL_AS_KNOWN | Flag.OTHER_AS,
+            base | _TWO | Flag.SMM_SEEN | Flag.SMM | Flag.GEN_KNOWN | Flag.GEN_IS_AS0,
+            base | _TWO | Flag.SMM_SEEN | Flag.SMM | Flag.GEN_KNOWN,
         )
     )
 )  # fmt: skip

@@ -47,12 +47,14 @@ RULE = Rule(
         "the page must be the APIC access page and lie in KVM's own slot for it",
     ),
     needs=Needs(convicts=((Observation(Type.MMIO, (Site.MMIO,)),),)),
-    explain=(
+    goes_wrong=(
         "The nested guest (L2) uses the page at 0xfee00000, behind which KVM keeps a page of its "
         "own to speed up the interrupt controller.  KVM emulates such accesses of L2 in every "
-        "version.  They are right but slow: a high rate shows as time spent in the host.  What to "
-        "do: nothing, unless the rate is high; then let L2 use x2APIC."
+        "version.  They are right but slow."
     ),
+    guest_notices=("Nothing, or that L2 is slow: a high rate shows as time spent in the host."),
+    to_do=("nothing, unless the rate is high; then let L2 use x2APIC."),
     step=step,
-    watches=((Type.MMIO, SLOT_APIC),),
+    watches=(Type.MMIO,),
+    accuses=False,
 )

@@ -4,6 +4,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmprobe.analysis.rules.internal_slot_fill import SOURCE, TO_DO
 from kvmprobe.analysis.rules.model import (
     CACHE_SEEN,
     CITES,
@@ -17,7 +18,7 @@ from kvmprobe.analysis.rules.model import (
     in_l1,
     in_memory,
 )
-from kvmprobe.probes.schema import SLOT_TSS, Type
+from kvmprobe.probes.schema import Type
 
 _CACHE = int(Type.CACHE)
 
@@ -44,10 +45,7 @@ RULE = Rule(
         "The next emulated access of L1 to that page goes wrong, but none was seen yet: one "
         "memslot change or one true MMIO access disarms it."
     ),
-    source=(
-        '3a2936dedd20 "kvm: mmu: Don\'t expose private memslots to L2"; the mail '
-        "20240228024147.41573-11-seanjc@google.com takes it back; fixed in Linux 6.10"
-    ),
+    source=SOURCE,
     proves=(
         "L2 filled the cache on a vulnerable kernel, perhaps before the recording began, and the "
         "entry is still live for L1."
@@ -61,14 +59,17 @@ RULE = Rule(
         "the APIC access page (gfn 0xfee00) never counts: emulating it is intended",
     ),
     needs=Needs(convicts=((CACHE_SEEN, FILL_SEEN),)),
-    explain=(
+    goes_wrong=(
         "KVM keeps the last page it took for MMIO in a cache of one entry per vCPU.  This entry "
         "points at memory that KVM made for itself (hidden TSS or identity map) and is still "
         "valid while the guest hypervisor (L1) runs.  As soon as KVM emulates an instruction of "
-        "L1 that touches the page, the access goes to the VMM instead of memory: a read gives "
-        "wrong data, a write is lost.  What to do: boot a kernel with the fix (6.10 or a "
-        "backport), or turn unrestricted guest on (kvm_intel.unrestricted_guest=1)."
+        "L1 that touches the page, the access goes to the VMM instead of memory."
     ),
+    guest_notices=(
+        "Nothing yet.  The next emulated access of L1 to that page reads wrong data or loses a "
+        "write."
+    ),
+    to_do=TO_DO,
     step=step,
-    watches=((Type.CACHE, SLOT_TSS),),
+    watches=(Type.CACHE,),
 )

@@ -18,11 +18,23 @@ from kvmprobe.analysis.rules.model import (
     in_memory,
     no_slot_fault,
 )
-from kvmprobe.probes.schema import SLOT_TSS, FaultinResult, Type
+from kvmprobe.probes.schema import FaultinResult, Type
 
 _FAULTIN = int(Type.FAULTIN)
 _FILL = int(Type.FILL)
 _KEPT = int(FaultinResult.KEPT)
+
+#: What the rules on this fault have in common.
+SOURCE = (
+    '3a2936dedd20 "kvm: mmu: Don\'t expose private memslots to L2"; the mail '
+    "20240228024147.41573-11-seanjc@google.com takes it back; fixed in Linux 6.10"
+)
+TO_DO = (
+    "boot a kernel with the fix: Linux 6.10 or newer, as in Debian 13 (6.12) and in Debian 12's "
+    "backports; Debian 12's own 6.1 has no fix.  Or turn unrestricted guest on where the processor "
+    "has it (kvm_intel.unrestricted_guest=1, which needs kvm_intel.ept=1).  Or offer the guest no "
+    "nested virtualization (kvm_intel.nested=0, or a CPU model without vmx)."
+)
 
 
 def step(e: Event, words: NDArray[np.uint64], at: int) -> int:
@@ -46,10 +58,7 @@ RULE = Rule(
         "It proves that the kernel has the fault.  The guest was harmed only if L1 was hit later, "
         "which internal-slot-hit reports."
     ),
-    source=(
-        '3a2936dedd20 "kvm: mmu: Don\'t expose private memslots to L2"; the mail '
-        "20240228024147.41573-11-seanjc@google.com takes it back; fixed in Linux 6.10"
-    ),
+    source=SOURCE,
     proves="The kernel hides its internal memslots from L2: it is vulnerable.",
     guards=(
         "the level must be known, and be L2",
@@ -60,15 +69,19 @@ RULE = Rule(
         "a fault seen both as FAULTIN and as FILL counts once",
     ),
     needs=Needs(convicts=((FILL_SEEN, FAULTIN_SEEN),), acquits=(FAULTIN_SEEN,)),
-    explain=(
+    goes_wrong=(
         "KVM makes memslots of its own for a guest: the hidden TSS (3 pages) and the identity map "
         "(1 page), needed on Intel hosts without unrestricted guest.  A guest hypervisor (L1) sees "
         "them as ordinary memory.  This kernel hides them from the nested guest (L2).  When L2 "
         "touches such a page, KVM treats the access as MMIO and notes the page in the vCPU's MMIO "
-        "cache.  The note outlives the return to L1.  The nested guest reads from and writes to "
-        "the VMM instead of memory.  What to do: boot a kernel with the fix (6.10 or a backport), "
-        "or turn unrestricted guest on where the processor has it (kvm_intel.unrestricted_guest=1)."
+        "cache.  The note outlives the return to L1."
     ),
+    guest_notices=(
+        "The nested guest reads from and writes to the VMM instead of memory: it reads what the "
+        "VMM answers for an unknown device, and what it writes is lost."
+    ),
+    to_do=TO_DO,
     step=step,
-    watches=((Type.FAULTIN, SLOT_TSS), (Type.FILL, SLOT_TSS)),
+    watches=(Type.FAULTIN, Type.FILL),
+    acquittal=("fault(s) of L2 on KVM's own memslots were kept: the kernel shows them to L2"),
 )

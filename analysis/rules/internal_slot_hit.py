@@ -4,6 +4,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmprobe.analysis.rules.internal_slot_fill import SOURCE, TO_DO
 from kvmprobe.analysis.rules.model import (
     CITES,
     CONVICTS,
@@ -16,7 +17,7 @@ from kvmprobe.analysis.rules.model import (
     in_l1,
     in_memory,
 )
-from kvmprobe.probes.schema import SLOT_TSS, Type
+from kvmprobe.probes.schema import Type
 
 
 def step(e: Event, words: NDArray[np.uint64], at: int) -> int:
@@ -36,10 +37,7 @@ RULE = Rule(
         "The guest read wrong data or lost a write.  MMIO at the same address follows as evidence "
         "where it was seen; the match alone is enough, for KVM acts on it at once."
     ),
-    source=(
-        '3a2936dedd20 "kvm: mmu: Don\'t expose private memslots to L2"; the mail '
-        "20240228024147.41573-11-seanjc@google.com takes it back; fixed in Linux 6.10"
-    ),
+    source=SOURCE,
     proves="The kernel is vulnerable and the fault did its harm to L1.",
     guards=(
         "the level must be known, and be L1",
@@ -48,19 +46,23 @@ RULE = Rule(
         "gfn 0 never counts",
         "the APIC access page (gfn 0xfee00) never counts: emulating it is intended",
         "a reserved-bit fault (site RSVD) and the match it leads to count once",
+        "a reserved-bit fault in SMM whose entry has address space 0's generation only never "
+        "counts by itself: a kernel without CVE-2026-99082 does not believe it",
         "the exit to the VMM is evidence, never a condition",
     ),
     needs=Needs(convicts=((MATCH_SEEN,),)),
-    explain=(
+    goes_wrong=(
         "The guest hypervisor (L1) touched memory and KVM believed its MMIO cache instead: the "
-        "access went to the VMM.  A read gave what the VMM answers for an unknown device, a write "
-        "was lost.  The entry came from an access of the nested guest (L2) to memory that KVM "
-        "made for itself; the newest such access on this vCPU stands first in the evidence.  The "
-        "guest notices wrong data from string port I/O, from emulated instructions, and at times "
-        "from plain loads and stores; it can crash or go on with bad data.  What to do: boot a "
-        "kernel with the fix (6.10 or a backport), or turn unrestricted guest on "
-        "(kvm_intel.unrestricted_guest=1), and restart the guest."
+        "access went to the VMM.  The entry came from an access of the nested guest (L2) to memory "
+        "that KVM made for itself; the newest such access on this vCPU stands first in the "
+        "evidence."
     ),
+    guest_notices=(
+        "A read gave what the VMM answers for an unknown device, a write was lost.  It shows as "
+        "wrong data from string port I/O, from emulated instructions, and at times from plain "
+        "loads and stores; the guest can crash or go on with bad data."
+    ),
+    to_do="restart the guest, and " + TO_DO,
     step=step,
-    watches=((Type.MATCH, SLOT_TSS), (Type.MMIO, SLOT_TSS)),
+    watches=(Type.MATCH, Type.MMIO),
 )

@@ -35,7 +35,13 @@ _LEVEL_KNOWN = int(Flag.LEVEL_KNOWN)
 _LEVEL = _L2 | _LEVEL_KNOWN
 _UNTRUSTED = int(Flag.UNSTABLE | Flag.SLOT_INVALID)
 _GEN_KNOWN = int(Flag.GEN_KNOWN)
-_GEN_CURRENT = int(Flag.GEN_IS_AS0 | Flag.GEN_IS_CURRENT)
+_GEN_EITHER = int(Flag.GEN_IS_AS0 | Flag.GEN_IS_CURRENT)
+_GEN_CURRENT = int(Flag.GEN_IS_CURRENT)
+_GEN_NOT_CURRENT = _GEN_KNOWN | _GEN_CURRENT
+_TWO_KNOWN_AS = int(Flag.TWO_AS | Flag.AS_KNOWN)
+_FILL_AS = int(Flag.FILL_AS_KNOWN | Flag.OTHER_AS)
+_FILL_AS_KNOWN = int(Flag.FILL_AS_KNOWN)
+_SMM_AT_WORK = int(Flag.TWO_AS | Flag.SMM_SEEN)
 _FILL = int(Type.FILL)
 _FAULTIN = int(Type.FAULTIN)
 _MATCH = int(Type.MATCH)
@@ -51,6 +57,7 @@ APIC_GFN = np.uint64(0xFEE00)
 class Event(NamedTuple):
     """What a step function sees of an event: fields of events.h, `gfn` for the page of `addr`."""
 
+    ts: np.uint64
     type: int
     site: int
     flags: int
@@ -93,8 +100,13 @@ class Needs:
 class Rule:
     """One rule: what it finds, where that is known from, and how it is found.
 
-    `watches` names the types the step function must see and, for each, the lowest slot it can
-    answer to; it narrows probes/events.h's CANDIDATE and never widens it.
+    The explanation is for somebody who has never read KVM, in three parts: what `goes_wrong`, what
+    the guest notices, and what there is `to_do`.  `watches` names the types the step function
+    answers to; of those it sees the events that kvmprobe_candidate() of probes/events.h picks.
+
+    `accuses`: a finding is proof against the kernel, and the fault gets a verdict.  Information
+    never is; nor is a symptom that has causes outside KVM.  `acquittal` says what an acquittal
+    shows, after its number.
     """
 
     id: str
@@ -106,9 +118,13 @@ class Rule:
     proves: str
     guards: tuple[str, ...]
     needs: Needs
-    explain: str
+    goes_wrong: str
+    guest_notices: str
+    to_do: str
     step: Step = field(repr=False)
-    watches: tuple[tuple[Type, int], ...]
+    watches: tuple[Type, ...]
+    accuses: bool = True
+    acquittal: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a severity that isn't one.
@@ -123,7 +139,12 @@ class Rule:
     @property
     def convicts(self) -> bool:
         """Whether a finding proves the fault; information proves nothing."""
-        return self.severity != "info"
+        return self.accuses and self.severity != "info"
+
+    @property
+    def explain(self) -> str:
+        """The whole explanation in one paragraph."""
+        return f"{self.goes_wrong}  {self.guest_notices}  What to do: {self.to_do}"
 
 
 def in_l1(e: Event) -> bool:
@@ -158,7 +179,37 @@ def generation_matches(e: Event) -> bool:
     with the vCPU's own proves the fixed kernel by itself; one with address space 0's is live
     unless the kernel is known to be fixed, which no single event can tell.
     """
-    return e.flags & _GEN_KNOWN != 0 and e.flags & _GEN_CURRENT != 0
+    return e.flags & _GEN_KNOWN != 0 and e.flags & _GEN_EITHER != 0
+
+
+def wrong_address_space(e: Event) -> bool:
+    """Whether the cache's entry belongs to another address space, or another generation of it.
+
+    Either half is enough: the entry was filled in the other address space, or its generation isn't
+    that of the vCPU's own.  No fixed kernel believes such an entry (kvm_vcpu_memslots() at fill and
+    match).  A fill whose address space isn't known can't use the first half.
+    """
+    if e.flags & _TWO_KNOWN_AS != _TWO_KNOWN_AS:
+        return False
+    return e.flags & _FILL_AS == _FILL_AS or e.flags & _GEN_NOT_CURRENT == _GEN_KNOWN
+
+
+def smm_explains(e: Event) -> bool:
+    """Whether an entry for memory may come from SMM.
+
+    The vCPU was there, and the entry isn't known to be filled in the address space the vCPU is in
+    now: then no other cause is known than CVE-2026-99082.
+    """
+    return e.flags & _SMM_AT_WORK == _SMM_AT_WORK and e.flags & _FILL_AS != _FILL_AS_KNOWN
+
+
+def announced_in_vain(e: Event) -> bool:
+    """Whether a reserved-bit fault may not believe the entry that it could believe.
+
+    In SMM, an entry with address space 0's generation is believed by a kernel with CVE-2026-99082
+    only.  If it was, the match at MATCH_MMIO tells.
+    """
+    return e.site == _RSVD and e.flags & _GEN_NOT_CURRENT == _GEN_KNOWN
 
 
 def no_slot_fault(e: Event, words: NDArray[np.uint64], at: int) -> int:
@@ -189,6 +240,8 @@ def believed(e: Event, words: NDArray[np.uint64], at: int) -> int:
     counted once.  MMIO on the same page after it shows what became of the access.
     """
     if e.type == _MATCH:
+        if announced_in_vain(e):
+            return 0
         words[at + 1] = e.gfn
         if e.site == _RSVD:
             words[at] = e.gfn
@@ -208,6 +261,9 @@ HELPERS: tuple[Callable[..., Any], ...] = (
     in_memory,
     hides_from_l2,
     generation_matches,
+    wrong_address_space,
+    smm_explains,
+    announced_in_vain,
     no_slot_fault,
     believed,
 )

@@ -15,7 +15,7 @@ from kvmprobe.analysis.rules.model import (
     in_memory,
     no_slot_fault,
 )
-from kvmprobe.probes.schema import SLOT_TSS, Type
+from kvmprobe.probes.schema import Type
 
 
 def step(e: Event, words: NDArray[np.uint64], at: int) -> int:
@@ -48,13 +48,16 @@ RULE = Rule(
         "a fault seen both as FAULTIN and as FILL counts once",
     ),
     needs=Needs(convicts=((FILL_SEEN, FAULTIN_SEEN),)),
-    explain=(
+    goes_wrong=(
         "KVM makes memslots of its own for a guest (hidden TSS, identity map).  They are ordinary "
         "memory to the guest itself, L1.  Here KVM looked one up for L1 and acted as if nothing "
-        "were there, so the access became MMIO.  No kernel is known to do this.  The guest reads "
-        "wrong data or loses a write.  What to do: keep the capture, compare the kernel with its "
-        "upstream, and report it to the people who built it."
+        "were there, so the access became MMIO.  No kernel is known to do this."
+    ),
+    guest_notices=("It reads wrong data or loses a write."),
+    to_do=(
+        "keep the capture, compare the kernel with its upstream, and report it to the people who "
+        "built it."
     ),
     step=step,
-    watches=((Type.FAULTIN, SLOT_TSS), (Type.FILL, SLOT_TSS)),
+    watches=(Type.FAULTIN, Type.FILL),
 )

@@ -14,7 +14,8 @@ _HEAD = """\
 # Rules
 
 Each rule is one file in `analysis/rules/`.  A finding of severity warning or critical proves its
-fault; info proves nothing.  A fault's verdict is as good as what its rules need: one of the
+fault, and the fault gets a verdict; info proves nothing.  Rules marked "no verdict" find symptoms
+that have causes outside KVM.  A fault's verdict is as good as what its rules need: one of the
 alternatives on each line must have been observed, and none of them lost.
 
 | rule | fault | severity | finds |
@@ -25,7 +26,8 @@ alternatives on each line must have been observed, and none of them lost.
 def markdown() -> str:
     """Return the whole page."""
     table = "".join(
-        f"| [`{rule.id}`](#{rule.id}) | `{rule.fault}` | {rule.severity} | {rule.title} |\n"
+        f"| [`{rule.id}`](#{rule.id}) | `{rule.fault}`{'' if rule.accuses else ', no verdict'} "
+        f"| {rule.severity} | {rule.title} |\n"
         for rule in RULES
     )
     return _HEAD + table + "".join(_section(rule) for rule in RULES)
@@ -51,7 +53,9 @@ def _section(rule: Rule) -> str:
     parts = [
         f"## {rule.id}",
         _wrap(f"{rule.title}."),
-        _wrap(rule.explain),
+        _wrap(f"**What goes wrong.** {rule.goes_wrong}"),
+        _wrap(f"**What the guest notices.** {rule.guest_notices}"),
+        _wrap(f"**What to do.** {rule.to_do[0].upper()}{rule.to_do[1:]}"),
         _wrap(f"**Proves.** {rule.proves}"),
         _wrap(f"**Severity.** {rule.severity}: {rule.severity_reason}"),
         _wrap(f"**Source.** {rule.source}"),

@@ -31,11 +31,18 @@ def rules(
         known = ", ".join(r.id for r in RULES)
         raise UsageError(f"no rule is called {rule_id!r}; there are {known}") from None
     print(f"{found.id} ({found.severity}): {found.title}\n")
-    for paragraph in found.explain.strip().split("\n\n"):
-        print(textwrap.fill(" ".join(paragraph.split()), _WIDTH) + "\n")
+    for name, text in (
+        ("What goes wrong", found.goes_wrong),
+        ("What the guest notices", found.guest_notices),
+        ("What to do", found.to_do),
+    ):
+        print(textwrap.fill(f"{name}: {text[0].upper()}{text[1:]}", _WIDTH) + "\n")
     print(_entry("fault", found.fault))
+    print(_entry("why", f"{found.severity}: {found.severity_reason}"))
     print(_entry("source", found.source))
     print(_entry("proves", found.proves))
+    for group in found.needs.convicts:
+        print(_entry("needs", " or ".join(str(wanted) for wanted in group)))
     for guard in found.guards:
         print(_entry("guard", guard))
 

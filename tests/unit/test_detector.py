@@ -100,36 +100,44 @@ def test_compiling_in_the_middle_changes_nothing() -> None:
     assert told(late) == told(plain)
 
 
+def _blame(e: Any) -> set[str]:  # noqa: ANN401
+    """Say, by the plainest means, which rules a fill, an entry held or a match is found by."""
+    flags, kind, slot = Flag(int(e["flags"])), e["type"], e["slot"]
+    l1 = flags & (Flag.L2 | Flag.LEVEL_KNOWN) == Flag.LEVEL_KNOWN
+    l2 = flags & (Flag.L2 | Flag.LEVEL_KNOWN) == Flag.L2 | Flag.LEVEL_KNOWN
+    if flags & Flag.UNSTABLE:
+        return set()
+    memory = slot >= 0 and not flags & Flag.SLOT_INVALID and e["addr"] >= 4096
+    memory = memory and e["addr"] >> np.uint64(12) != 0xFEE00
+    internal, user = memory and slot in (32764, 32766), memory and slot < 32764
+    known = Flag.GEN_KNOWN in flags
+    as0, current = known and Flag.GEN_IS_AS0 in flags, known and Flag.GEN_IS_CURRENT in flags
+    there = Flag.FILL_AS_KNOWN | Flag.OTHER_AS in flags
+    here = Flag.FILL_AS_KNOWN in flags and not there
+    wrong = Flag.TWO_AS | Flag.AS_KNOWN in flags and (there or (known and not current))
+    smm = Flag.TWO_AS | Flag.SMM_SEEN in flags and not here
+    blamed = {
+        "internal-slot-fill": kind == Type.FILL and internal and l2,
+        "noslot-from-l1": kind == Type.FILL and internal and l1,
+        "internal-slot-armed": kind == Type.CACHE and internal and l1 and (as0 or current),
+        "internal-slot-hit": kind == Type.MATCH and internal and l1,
+        "cache-hits-memory": user and l1 and not wrong and not smm
+        and (kind == Type.MATCH or as0 or current),
+        "address-space-mixup": kind == Type.MATCH and memory and (wrong or (user and l1 and smm)),
+        "address-space-generation": (kind == Type.MATCH and wrong and not memory)
+        or (kind == Type.FILL and Flag.TWO_AS | Flag.AS_KNOWN | Flag.SMM in flags
+            and as0 and not current)
+        or (kind == Type.CACHE and user and l1 and smm and (as0 or current)
+            and Flag.SMM not in flags),
+    }  # fmt: skip
+    return {rule for rule, found in blamed.items() if found}
+
+
 def _reference(rows: np.ndarray[Any, Any]) -> dict[tuple[int, int, str], int]:
-    """Count, by the plainest means, what four rules find in streams without pairs or endings."""
+    """Count what is found in streams without pairs or endings."""
     found: dict[tuple[int, int, str], int] = {}
     for e in rows:
-        flags = Flag(int(e["flags"]))
-        level = flags & (Flag.L2 | Flag.LEVEL_KNOWN)
-        if flags & (Flag.UNSTABLE | Flag.SLOT_INVALID) or e["addr"] < 4096:
-            continue
-        if e["addr"] >> np.uint64(12) == 0xFEE00 or e["slot"] < 0:
-            continue
-        internal, user = e["slot"] in (32764, 32766), e["slot"] < 32764
-        live = bool(flags & Flag.GEN_KNOWN and flags & (Flag.GEN_IS_AS0 | Flag.GEN_IS_CURRENT))
-        smm = Flag.TWO_AS | Flag.SMM_SEEN
-        rule = None
-        if e["type"] == Type.FILL and internal and level == L2:
-            rule = "internal-slot-fill"
-        elif e["type"] == Type.FILL and internal and level == L1:
-            rule = "noslot-from-l1"
-        elif e["type"] == Type.CACHE and internal and level == L1 and live:
-            rule = "internal-slot-armed"
-        elif e["type"] == Type.MATCH and internal and level == L1:
-            rule = "internal-slot-hit"
-        elif (
-            user
-            and level == L1
-            and flags & smm != smm
-            and (e["type"] == Type.MATCH or (e["type"] in (Type.FILL, Type.CACHE) and live))
-        ):
-            rule = "cache-hits-memory"
-        if rule:
+        for rule in _blame(e):
             key = int(e["vm"]), int(e["vcpu"]), rule
             found[key] = found.get(key, 0) + 1
     return found
@@ -221,7 +229,7 @@ def test_many_vcpus(compiled: bool) -> None:
 def test_memory_is_bounded_by_what_lives(compiled: bool) -> None:
     detector = Detector(jit=compiled)
     for vm in range(1, 2000):
-        harmless = [ev(Type.MMIO, vm=vm, vcpu=n, addr=RAM_GPA, slot=1) for n in range(4)]
+        harmless = [ev(Type.MMIO, vm=vm, vcpu=n, addr=RAM_GPA, slot=1, kind=1) for n in range(4)]
         ends = [gone(vm=vm, vcpu=0), vm_gone(vm)]
         detector.feed(columns(stream([*harmless, *ends])))
     assert detector.tracked < 200
@@ -232,7 +240,7 @@ def test_findings_outlive_their_vm() -> None:
     detector = Detector()
     detector.feed(columns(stream([ev(Type.MATCH), gone(), vm_gone()])))
     for vm in range(2, 500):
-        events = [ev(Type.MMIO, vm=vm, addr=RAM_GPA, slot=1), vm_gone(vm)]
+        events = [ev(Type.MMIO, vm=vm, addr=RAM_GPA, slot=1, kind=1), vm_gone(vm)]
         detector.feed(columns(stream(events)))
     (found,) = detector.findings()
     assert (found.vm, found.count) == (1, 1)

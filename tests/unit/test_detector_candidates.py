@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kvmprobe.analysis.candidates import candidates
+from kvmprobe.analysis.candidates import Selection, candidates
 from kvmprobe.analysis.rules import RULES
 from kvmprobe.probes.schema import HEADER, Flag, Type
 
@@ -67,7 +67,10 @@ def _compare(
 def test_all_types_and_slots(in_c: ctypes.CDLL) -> None:
     kinds = np.repeat(np.arange(256), 1 << 16)
     slots = np.tile(np.arange(-(1 << 15), 1 << 15), 256)
-    for flags in (0, 0xFFFFFFFF, Flag.PRESENT, Flag.BELIEVED):
+    for flags in (
+        0, 0xFFFFFFFF, Flag.PRESENT, Flag.BELIEVED, Flag.STUCK, Flag.SMM, Flag.OTHER_AS,
+        Flag.SMM_SEEN, Flag.SMM_SEEN | Flag.GEN_IS_CURRENT,
+    ):  # fmt: skip
         found = _compare(in_c, kinds, np.full(len(kinds), int(flags)), slots)
         assert 0 < found < len(kinds)
 
@@ -87,12 +90,36 @@ def test_random(in_c: ctypes.CDLL, seed: int) -> None:
     assert _compare(in_c, kinds, flags, slots) >= 0
 
 
-def test_rules_watch_candidates_only() -> None:
+def test_every_watched_type_has_candidates() -> None:
     for rule in RULES:
-        for kind, slot in rule.watches:
+        for kind in rule.watches:
             columns: dict[str, NDArray[Any]] = {
                 "type": np.array([kind, kind], np.uint8),
-                "flags": np.zeros(2, np.uint32),
-                "slot": np.array([slot, 32766], np.int16),
+                "flags": np.array([0, 0xFFFFFFFF], np.uint32),
+                "slot": np.array([32766, -1], np.int16),
             }
-            assert candidates(columns).all(), (rule.id, Type(kind).name)
+            assert candidates(columns).any(), (rule.id, Type(kind).name)
+
+
+def test_selection_of_types_picks_candidates_of_those() -> None:
+    random = np.random.default_rng(5)
+    columns: dict[str, NDArray[Any]] = {
+        "type": random.integers(1, 15, 5000).astype(np.uint8),
+        "flags": random.integers(0, 2**27, 5000).astype(np.uint32),
+        "slot": random.choice((-1, 5, 32764), 5000).astype(np.int16),
+    }
+    for types in ({Type.FILL, Type.MATCH}, {Type.MMIO}, {Type.FAULT, Type.GENERATION}):
+        wanted = candidates(columns) & np.isin(columns["type"], [int(t) for t in types])
+        np.testing.assert_array_equal(Selection(types).mask(columns), wanted)
+
+
+def test_bulk_of_an_ordinary_guest_is_no_candidate() -> None:
+    usual = Flag.LEVEL_KNOWN | Flag.AS_KNOWN | Flag.TWO_AS | Flag.SLOT_KNOWN | Flag.DIRECT
+    live = Flag.GEN_KNOWN | Flag.GEN_IS_AS0 | Flag.GEN_IS_CURRENT | Flag.FILL_AS_KNOWN
+    for flags in (usual | live, usual | live | Flag.SMM_SEEN):
+        columns: dict[str, NDArray[Any]] = {
+            "type": np.array([Type.FAULT, Type.FILL, Type.MATCH, Type.MMIO], np.uint8),
+            "flags": np.full(4, int(flags), np.uint32),
+            "slot": np.full(4, -1, np.int16),
+        }
+        assert not candidates(columns).any()

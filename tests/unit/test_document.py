@@ -105,12 +105,15 @@ def test_a_finding_in_full() -> None:
     assert document["captures"][0]["started"] == "2026-11-22T15:51:37.000001Z"
     assert (document["events"], document["lost"], document["verdict"]) == (4, 0, "vulnerable")
     assert document["observations"] == {"FAULTIN": 1, "FILL": 1, "MATCH": 1, "LIFECYCLE": 1}
-    assert list(document["verdicts"]) == ["internal-slot", "cache-hits-memory"]
+    assert list(document["verdicts"]) == [
+        "internal-slot", "cache-hits-memory", "address-space", "spte-overwrite",
+    ]  # fmt: skip
     fill, hit = document["findings"]
     evidence = hit.pop("evidence")
     assert hit == {
         "rule": "internal-slot-hit", "fault": "internal-slot", "severity": "critical",
-        "capture": 0, "vm": {"id": 1, "name": "qemu-kvm", "pid": 4711}, "vcpu": 0, "level": "L1",
+        "capture": 0, "vm": {"id": 1, "name": "qemu-kvm", "pid": 4711}, "vcpu": 0,
+        "thread": None, "level": "L1",
         "gpa": "0xfffbd00c", "slot": SLOT_TSS, "slot_confidence": "observed", "first_ns": 4000,
         "last_ns": 4000, "count": 1, "per_second": None,
         "cause": {"rule": "internal-slot-fill", "age_ns": 1000, "count": 1},

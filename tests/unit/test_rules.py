@@ -10,6 +10,7 @@ import pytest
 from kvmprobe.analysis.rules import FAULTS, RULES, rule
 from kvmprobe.analysis.rules.model import SEVERITIES
 from kvmprobe.probes.schema import SLOT_APIC, SLOT_IDENTITY, Flag, Site, Type
+from tests import rule_cases
 from tests.streams import (
     APIC_GPA,
     IDENTITY_GPA,
@@ -67,6 +68,7 @@ HITS: dict[str, dict[str, tuple[Events, int]]] = {
         "match by gva": ([ev(MATCH, L1)], 1),
         "write": ([ev(MATCH, L1 | Flag.WRITE)], 1),
         "reserved-bit fault alone": ([ev(MATCH, L1, **RSVD)], 1),
+        "reserved-bit fault, generation known": ([ev(MATCH, L1 | LIVE, **RSVD)], 1),
         "reserved-bit fault and its match": ([ev(MATCH, L1, **RSVD), ev(MATCH)], 1),
         "two accesses": ([ev(MATCH)] * 2, 2),
         "reserved-bit fault, then another page": (
@@ -84,6 +86,9 @@ HITS: dict[str, dict[str, tuple[Events, int]]] = {
         "filled": ([ev(FILL, L1 | LIVE, **RAM)], 1),
         "believed": ([ev(MATCH, L1, **RAM)], 1),
         "reserved-bit fault and its match": ([ev(MATCH, L1, **RSVD, **RAM), ev(MATCH, **RAM)], 1),
+        "in SMM before, but filled here": (
+            [ev(MATCH, L1 | LIVE | SMM_USED | Flag.AS_KNOWN | Flag.FILL_AS_KNOWN, **RAM)], 1,
+        ),
         "two address spaces, never in SMM": ([ev(MATCH, L1 | Flag.TWO_AS, **RAM)], 1),
         "slot 0": ([ev(MATCH, L1, addr=RAM_GPA, slot=0)], 1),
         "the highest user slot": ([ev(MATCH, L1, addr=RAM_GPA, slot=32763)], 1),
@@ -137,6 +142,9 @@ MISSES: dict[str, dict[str, Events]] = {
         "MMIO without a match": [ev(MMIO, L1, kind=0)],
         "believed fault without its slot": [ev(Type.FAULT, L1 | Flag.BELIEVED, slot=-1)],
         "fill by L2 and nothing more": [ev(FILL, L2)],
+        "reserved-bit fault in SMM that may not believe it": [
+            ev(MATCH, rule_cases.IN_SMM | rule_cases.AS0, **RSVD),
+        ],
     },
     "noslot-from-l1": {
         "L2": [ev(FILL, L2), noslot(L2)],
@@ -159,6 +167,11 @@ MISSES: dict[str, dict[str, Events]] = {
         "SMM can explain it": [
             ev(MATCH, L1 | SMM_USED, **RAM),
             ev(CACHE, L1 | LIVE | SMM_USED, **RAM),
+            ev(FILL, L1 | LIVE | SMM_USED, **RAM),
+            ev(MATCH, L1 | SMM_USED | LIVE | Flag.FILL_AS_KNOWN | Flag.OTHER_AS, **RAM),
+        ],
+        "an older generation of SMM's": [
+            ev(MATCH, rule_cases.IN_SMM | Flag.GEN_KNOWN | Flag.FILL_AS_KNOWN, **RAM),
         ],
         "internal slot": [ev(MATCH, L1), ev(CACHE, L1 | LIVE)],
         "APIC page": [ev(MATCH, L1, addr=APIC_GPA, slot=3)],
@@ -177,6 +190,9 @@ MISSES: dict[str, dict[str, Events]] = {
     },
 }
 
+HITS |= rule_cases.HITS
+MISSES |= rule_cases.MISSES
+
 
 @pytest.mark.parametrize(("rule_id", "case"), [(r, c) for r, cases in HITS.items() for c in cases])
 def test_hit_is_found(rule_id: str, case: str) -> None:
@@ -185,10 +201,12 @@ def test_hit_is_found(rule_id: str, case: str) -> None:
     (found,) = [f for f in findings if f.rule.id == rule_id]
     assert found.count == occurrences
     assert found.gpa == events[0]["addr"]
-    assert found.slot == events[0]["slot"]
-    presumed = bool(events[0]["flags"] & Flag.SLOT_PRESUMED)
-    assert found.slot_confidence == ("presumed" if presumed else "observed")
-    assert (found.first_ts, found.vm, found.vcpu) == (1000, 1, 0)
+    slot = events[0]["slot"]
+    assert found.slot == (None if slot < 0 else slot)
+    presumed = "presumed" if events[0]["flags"] & Flag.SLOT_PRESUMED else "observed"
+    assert found.slot_confidence == (None if slot < 0 else presumed)
+    assert (found.vm, found.vcpu) == (1, events[0]["vcpu"])
+    assert found.has_gpa == (rule_id != "stale-spte-storm")
 
 
 @pytest.mark.parametrize(
@@ -201,8 +219,8 @@ def test_near_miss_is_not_found(rule_id: str, case: str) -> None:
 
 def test_every_rule_has_hits_and_misses() -> None:
     ids = [r.id for r in RULES]
-    assert ids == list(HITS) == list(MISSES)
-    assert all(len(MISSES[r.id]) >= len(r.guards) for r in RULES if r.convicts)
+    assert sorted(ids) == sorted(HITS) == sorted(MISSES)
+    assert all(len(MISSES[r.id]) >= len(r.guards) for r in RULES)
 
 
 def test_hit_is_attributed_to_the_newest_fill() -> None:
@@ -245,7 +263,7 @@ def test_fill_of_an_earlier_vcpu_of_the_same_number_is_no_cause() -> None:
 
 
 def test_mmio_elsewhere_is_no_evidence() -> None:
-    _, findings = detect(stream([ev(MATCH), ev(MMIO, **AT_IDENTITY), ev(MMIO, L2)]))
+    _, findings = detect(stream([ev(MATCH), ev(MMIO, kind=1, **AT_IDENTITY), ev(MMIO, L2, kind=1)]))
     assert [len(f.evidence) for f in findings] == [1]
 
 
@@ -282,16 +300,19 @@ def test_apic_page_has_a_rate() -> None:
 
 def test_rules_are_complete() -> None:
     assert len({r.id for r in RULES}) == len(RULES)
-    assert FAULTS == ("internal-slot", "cache-hits-memory")
+    assert FAULTS == ("internal-slot", "cache-hits-memory", "address-space", "spte-overwrite")
     for r in RULES:
         assert rule(r.id) is r
         assert r.severity in SEVERITIES
         assert r.guards
         assert r.needs.convicts
-        for text in (r.title, r.source, r.proves, r.explain, r.severity_reason):
+        for text in (
+            r.title, r.source, r.proves, r.severity_reason, r.goes_wrong, r.guest_notices, r.to_do,
+        ):  # fmt: skip
             assert text.isascii()
             assert len(text) > 20
-        assert "What to do:" in r.explain
+        assert r.explain == f"{r.goes_wrong}  {r.guest_notices}  What to do: {r.to_do}"
+        assert bool(r.acquittal) == bool(r.needs.acquits)
 
 
 def test_severity_is_checked() -> None:

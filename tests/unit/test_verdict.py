@@ -102,7 +102,7 @@ def test_no_loss_is_no_loss() -> None:
     ("coverage", "word"),
     [
         ({"unexplained": 2}, "2 records of unknown"),
-        ({"anomalies": 1}, "out of sequence"),
+        ({"anomalies": 1}, "no kernel makes"),
         ({"unknown": 5}, "newer"),
         ({"damaged": 1}, "damaged"),
     ],
