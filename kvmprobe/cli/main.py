@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from kvmprobe import __version__
-from kvmprobe.cli import analyze, doctor, export, info, record, rules
+from kvmprobe.cli import analyze, doctor, export, import_, info, record, rules
 from kvmprobe.errors import KvmprobeError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ for command in (
     doctor.doctor,
 ):
     app.command()(command)
+app.command("import")(import_.import_)
 
 
 _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Makes events of records whose vCPU and state are known; the fields are those of probes/events.h."""
+"""Makes events, as probes/events.h has them, of records whose vCPU and state are known."""
 
 from __future__ import annotations
 
@@ -66,7 +66,14 @@ class _Builder:
         return np.flatnonzero(self.point == point)
 
     def part(
-        self, rows: Ints, kind_of: Type, site: Site, sub: int = 2, *, lookup: bool = False, **fields: Any  # noqa: ANN401
+        self,
+        rows: Ints,
+        kind_of: Type,
+        site: Site,
+        sub: int = 2,
+        *,
+        lookup: bool = False,
+        **fields: Any,  # noqa: ANN401
     ) -> Part:
         known = self.known
         events = np.zeros(len(rows), EVENT)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +30,22 @@ _KNOWN_MAX = 1 << 16
 _LOST = re.compile(rb"\s*CPU:\s*(\d{1,5}) \[(?:LOST )?(?:(\d{1,18}) )?EVENTS(?: DROPPED)?\]")
 _ENTRIES = re.compile(rb"# entries-in-buffer/entries-written: (\d{1,18})/(\d{1,18})")
 _PERF_LOST = re.compile(rb".*\[(\d{3,5})\] .*PERF_RECORD_LOST(?:_SAMPLES)?:? lost (\d{1,18})")
+
+
+class Readable(Protocol):
+    """Anything with a `read` that may give fewer bytes than asked for, and b"" at the end."""
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes."""
+
+
 _QUIET = re.compile(rb"\s*$|#|CPU \d+ is empty|cpus=\d+|version = \d+|\S+:$")
 
 
 class TextReader:
     """Reads a text trace from a stream, in blocks of bounded size."""
 
-    def __init__(self, stream: BinaryIO, tally: Tally) -> None:
+    def __init__(self, stream: Readable, tally: Tally) -> None:
         """Read from `stream`; what is met is counted in `tally`."""
         self._stream = stream
         self._tally = tally
@@ -70,7 +79,9 @@ class TextReader:
         tally.systems |= parsed.systems
         tally.read += parsed.events
         tally.not_understood(
-            len(parsed.headed), [text.line(n) for n in parsed.headed[:SHOWN].tolist()]
+            len(parsed.headed),
+            [text.line(n)[:160] for n in parsed.headed[:SHOWN].tolist()],
+            ours=True,
         )
         block = parsed.block
         lost = self._others(text, parsed.other)
@@ -93,7 +104,7 @@ class TextReader:
         """Look at lines that are no events: returns losses as (line, CPU, records)."""
         lost = []
         unknown = 0
-        first = []
+        first: list[bytes] = []
         for number in numbers.tolist():
             line = text.line(number)
             if m := _LOST.match(line):

@@ -62,7 +62,7 @@ class Identity:
 
     @property
     def count(self) -> int:
-        """vCPUs known."""
+        """How many vCPUs are known."""
         return len(self.vm)
 
     def names(self, comms: dict[int, bytes]) -> None:
@@ -196,5 +196,3 @@ def _birth(record: np.void, vm: _Vm, comm: bytes, of: int, number: int | None) -
     event["aux"] = of
     row: np.void = event[0]
     return row
-
-

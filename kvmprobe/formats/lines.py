@@ -35,22 +35,22 @@ _MINUS, _SLASH, _DOT, _HASH = b"-"[0], b"/"[0], b"."[0], b"#"[0]
 class Text(NamedTuple):
     """Whole lines in a padded array; `start` and `end` of each line, its newline not counted."""
 
-    bytes: NDArray[np.uint8]
+    characters: NDArray[np.uint8]
     words: swar.U64
     start: swar.Places
     end: swar.Places
 
     def line(self, number: int) -> bytes:
         """One line."""
-        return self.bytes[self.start[number] : self.end[number]].tobytes()
+        return self.characters[self.start[number] : self.end[number]].tobytes()
 
 
 class Parsed(NamedTuple):
     """What a text holds: the records, and the numbers of lines that are something else.
 
     `record_lines` are the line numbers of the records; `headed` lines that have the form of an
-    event but whose text was not understood; `other` all lines without that form; `systems` the trace
-    systems that the text shows were recorded whole.
+    event but whose text was not understood; `other` all lines without that form; `systems` the
+    trace systems that the text shows were recorded whole.
     """
 
     block: Block
@@ -74,7 +74,7 @@ def text_of(data: bytes | bytearray) -> Text:
 
 
 class _Head(NamedTuple):
-    """The heads of lines, all of one length: which line, and what was read of it."""
+    """What was read of the heads of lines: which line, and its parts."""
 
     line: swar.Places
     comm_end: swar.Places
@@ -85,13 +85,15 @@ class _Head(NamedTuple):
     name: swar.Places
     length: swar.Places
 
-    def __getitem__(self, chosen: Any) -> _Head:  # type: ignore[override]  # noqa: ANN401
-        return _Head(*(column[chosen] for column in self))
+    def rows(self, chosen: swar.Places) -> _Head:
+        """Some of the heads."""
+        columns: tuple[Any, ...] = self
+        return _Head(*(column[chosen] for column in columns))
 
 
 def _anchors(text: Text) -> tuple[swar.Places, swar.Places, swar.U64, swar.Places]:
     """Find " [CPU] " in lines: the line, the place of the bracket, the CPU, the place after."""
-    a, w = text.bytes, text.words
+    a, w = text.characters, text.words
     at = np.flatnonzero(a[PAD:-PAD] == _OPEN) + PAD
     at = at[a[at - 1] == _BLANK]
     cpu = swar.decimal(w, at + 1)
@@ -104,7 +106,7 @@ def _anchors(text: Text) -> tuple[swar.Places, swar.Places, swar.U64, swar.Place
 
 
 def _heads(text: Text) -> _Head:
-    a, w = text.bytes, text.words
+    a, w = text.characters, text.words
     line, at, cpu, after = _anchors(text)
     end = swar.skip_back(w, at, _BLANK)
     tgid = np.zeros(len(at), np.uint64)
@@ -145,7 +147,7 @@ def _heads(text: Text) -> _Head:
     good &= (a[stop] == _COLON) & (a[stop + 1] == _BLANK)
     good &= stop < text.end[line]
     keep = np.flatnonzero(good)
-    head = _Head(line, comm_end, tid.value, tgid, cpu, ts, stop + 1, stop)[keep]
+    head = _Head(line, comm_end, tid.value, tgid, cpu, ts, stop + 1, stop).rows(keep)
     return _named(text, head)
 
 
@@ -153,14 +155,14 @@ def _nanoseconds(text: Text, seconds: swar.Numbers) -> tuple[swar.U64, swar.Plac
     """Turn "s.f" into ns; returns where each ends.  A number without a fraction is left alone."""
     fraction = swar.decimal(text.words, seconds.end + 1)
     digits = fraction.end - seconds.end - 1
-    dotted = (text.bytes[seconds.end] == _DOT) & fraction.good & (digits <= 9)
+    dotted = (text.characters[seconds.end] == _DOT) & fraction.good & (digits <= 9)
     ns = seconds.value * _NS[0] + fraction.value * _NS[np.where(dotted, digits, 0)]
     return np.where(dotted, ns, seconds.value), np.where(dotted, fraction.end, seconds.end)
 
 
 def _named(text: Text, head: _Head) -> _Head:
     """Find the event's name, without the system that perf prints before it."""
-    a, w = text.bytes, text.words
+    a, w = text.characters, text.words
     name = swar.skip(w, head.name, _BLANK)
     colon, found = swar.find(w, name, _COLON, _NAME_MAX)
     system = np.flatnonzero(found & (a[colon + 1] != _BLANK) & (a[colon + 1] != _NEWLINE))
@@ -168,7 +170,7 @@ def _named(text: Text, head: _Head) -> _Head:
         name[system] = colon[system] + 1
         colon[system], found[system] = swar.find(w, name[system], _COLON, _NAME_MAX)
     good = found & (colon <= text.end[head.line])
-    return head._replace(name=name, length=colon - name)[np.flatnonzero(good)]
+    return head._replace(name=name, length=colon - name).rows(np.flatnonzero(good))
 
 
 def _called(text: Text, heads: _Head, name: str) -> swar.Places:
@@ -195,7 +197,7 @@ def parse(text: Text, known: set[int], systems: set[str]) -> Parsed:
         chosen = _called(text, heads, tracepoint.name)
         if not len(chosen):
             continue
-        mine = heads[chosen]
+        mine = heads.rows(chosen)
         records, good = _payload(text, tracepoint, mine)
         parts.append(records[good])
         part_lines.append(mine.line[good])
@@ -223,7 +225,7 @@ def _names(text: Text, heads: _Head, known: set[int]) -> dict[int, bytes]:
     """Task names of the threads that aren't known yet."""
     tids, first = np.unique(heads.tid, return_index=True)
     return {
-        tid: text.bytes[text.start[heads.line[i]] : heads.comm_end[i]].tobytes().strip()[:16]
+        tid: text.characters[text.start[heads.line[i]] : heads.comm_end[i]].tobytes().strip()[:16]
         for tid, i in zip(tids.tolist(), first.tolist(), strict=True)
         if tid not in known
     }
@@ -325,5 +327,5 @@ def _opcode(text: Text, at: swar.Places) -> tuple[swar.U64, NDArray[np.bool_]]:
         if i == 0:
             first = more.copy()
         value |= np.where(more, byte.value << np.uint64(8 * i), np.uint64(0))
-        more &= text.bytes[at + 3 * i + 2] == _BLANK
+        more &= text.characters[at + 3 * i + 2] == _BLANK
     return value, first

@@ -185,13 +185,9 @@ TRACEPOINTS = (
     Tracepoint("kvm_nested_vmenter", Point.NESTED_ENTER, ("",), ()),
     Tracepoint("kvm_nested_vmrun", Point.NESTED_ENTER, ("",), ()),  # until 6.1
     Tracepoint("kvm_nested_vmenter_failed", Point.NESTED_ENTER_FAILED, ("",), ()),
-    Tracepoint(
-        "kvm_nested_vmexit", Point.NESTED_EXIT, ("vcpu {vcpu:d} reason", ""), _VCPU
-    ),
+    Tracepoint("kvm_nested_vmexit", Point.NESTED_EXIT, ("vcpu {vcpu:d} reason", ""), _VCPU),
     Tracepoint("kvm_nested_vmexit_inject", Point.NESTED_INJECT, ("",), ()),
-    Tracepoint(
-        "kvm_smm_transition", Point.SMM, _SMM, (("vcpu", "vcpu_id"), ("note", "entering"))
-    ),
+    Tracepoint("kvm_smm_transition", Point.SMM, _SMM, (("vcpu", "vcpu_id"), ("note", "entering"))),
     Tracepoint(
         "kvm_enter_smm", Point.SMM, _SMM, (("vcpu", "vcpu_id"), ("note", "entering"))
     ),  # until 5.15

@@ -2,8 +2,8 @@
 """The table between the readers of other tools' files and the translator.
 
 Every reader turns its format into records of dtype `RECORD`: one row an occurrence of a KVM
-tracepoint, in the order of the trace.  What `a`, `b`, `c` and `note` hold depends on the tracepoint;
-docs/formats/README.md names the tracepoints and what each is needed for.
+tracepoint, in the order of the trace.  What `a`, `b`, `c` and `note` hold depends on the
+tracepoint.
 
 | point            | a        | b         | c        | note                               |
 |------------------|----------|-----------|----------|------------------------------------|
@@ -78,7 +78,7 @@ class Point(IntEnum):
 
 
 class Block(NamedTuple):
-    """Some records in order, and the task names of their threads (by tid, at least the new ones)."""
+    """Some records in order, and the task names of threads by tid: at least of the new ones."""
 
     records: NDArray[Any]
     comms: dict[int, bytes]
@@ -90,20 +90,23 @@ class Tally:
 
     `enabled` are the tracepoints that the file says were recorded; None where the format doesn't
     say.  `seen` are those that occurred, `systems` the trace systems that were recorded whole.
+    `garbled` counts those of the unknown that are events of ours.
     """
 
     read: int = 0
     lost: int = 0
     unknown: int = 0
+    garbled: int = 0
     samples: list[str] = field(default_factory=list)
     seen: set[Point] = field(default_factory=set)
     enabled: set[Point] | None = None
     systems: set[str] = field(default_factory=set)
     kernel: str | None = None
 
-    def not_understood(self, count: int, first: list[bytes]) -> None:
+    def not_understood(self, count: int, first: list[bytes], *, ours: bool = False) -> None:
         """Count lines or records that no reader understood, and keep the first few."""
         self.unknown += count
+        self.garbled += count if ours else 0
         for text in first[: SHOWN - len(self.samples)]:
             self.samples.append(printable(text.decode("latin-1").rstrip("\n"), 160))
 

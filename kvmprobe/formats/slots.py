@@ -141,9 +141,7 @@ class Presumed:
         page = self._page(records["a"][rows])
         rows, page = rows[page >= 0], page[page >= 0]
         first: dict[int, int] = {}
-        for key, at in zip(
-            (vm[rows] << 8 | page).tolist(), when[rows].tolist(), strict=True
-        ):
+        for key, at in zip((vm[rows] << 8 | page).tolist(), when[rows].tolist(), strict=True):
             first[key] = min(at, first.get(key, _NEVER))
         return first
 
@@ -185,9 +183,7 @@ class Presumed:
         return found
 
     @staticmethod
-    def _since(
-        keys: NDArray[np.int64], ever: set[int], first: dict[int, int]
-    ) -> NDArray[np.int64]:
+    def _since(keys: NDArray[np.int64], ever: set[int], first: dict[int, int]) -> NDArray[np.int64]:
         """From which place of the batch on each page is shown to be what is asked."""
         return np.array(
             [-1 if key in ever else first.get(key, _NEVER) for key in keys.tolist()], np.int64

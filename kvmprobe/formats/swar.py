@@ -88,7 +88,9 @@ def _number(w: U64, at: Places, table: NDArray[np.uint8], base: int) -> Numbers:
     if len(long):
         digits = _values(w[end[long]], table)
         more = _leading(digits & _MARKS)
-        scaled = value[long] << (more << np.uint64(2)) if base == 16 else value[long] * _POWERS[more]
+        scaled = (
+            value[long] << (more << np.uint64(2)) if base == 16 else value[long] * _POWERS[more]
+        )
         value[long] = scaled + combine(digits, more)
         end[long] += more.astype(np.int64)
         longest = long[more == _8]
@@ -109,7 +111,7 @@ def hexadecimal(w: U64, at: Places) -> Numbers:
 
 
 def decimal_before(w: U64, end: Places) -> Numbers:
-    """Read decimal numbers of 1 to 7 digits that end before `end`; their `end` is where they begin."""
+    """Read decimal numbers of 1 to 7 digits before `end`; their `end` is where they begin."""
     digits = _values(w[end - 8].byteswap(), _DECIMAL)
     count = _leading(digits & _MARKS)
     # The last digit stands lowest now; in the order read it must stand highest.
@@ -178,4 +180,3 @@ def starts_with(w: U64, at: Places, literal: bytes) -> NDArray[np.bool_]:
         mask = np.uint64((1 << 8 * len(part)) - 1)
         good &= (w[at + i] & mask) == np.uint64(int.from_bytes(part, "little"))
     return good
-

@@ -50,7 +50,8 @@ class _Batch(NamedTuple):
         """Which rows are of these points."""
         wanted = np.zeros(256, np.bool_)
         wanted[list(points)] = True
-        return wanted[self.records["point"]]
+        mask: Mask = wanted[self.records["point"]]
+        return mask
 
     def newest(self, mask: Mask, *, before: bool = False) -> Ints:
         """For each row the newest row of `mask` on its vCPU: at or before it, or only before it."""

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: MIT
+"""From files of other tools to a capture: the one call behind `kvmprobe import`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmprobe.errors import CaptureError
+from kvmprobe.formats.detect import Source, open_trace
+from kvmprobe.formats.ftrace import ANY_CPU, TextReader
+from kvmprobe.formats.perfdata import PerfDataReader, UnsupportedError
+from kvmprobe.formats.perfscript import perf_script
+from kvmprobe.formats.plan import plan_of
+from kvmprobe.formats.records import Block, Tally
+from kvmprobe.formats.slots import Slot
+from kvmprobe.formats.tracedat import TraceDatReader
+from kvmprobe.formats.translate import Translator
+from kvmprobe.probes.schema import EVENT, NO_VCPU, LossCause, Site, Type
+from kvmprobe.store.format import MAX_ROWS, new_header
+from kvmprobe.store.writer import CaptureWriter
+
+
+@dataclass
+class Imported:
+    """What an import did: files by kind, what the readers met, events written.
+
+    `ended` says why a file gave less than it should, with `salvage`.
+    """
+
+    tally: Tally = field(default_factory=Tally)
+    kinds: list[str] = field(default_factory=list)
+    events: int = 0
+    ended: list[str] = field(default_factory=list)
+
+
+def blocks(source: Source, tally: Tally, *, salvage: bool = False) -> Iterator[Block]:
+    """Read a trace of any kind.
+
+    Raises:
+        CaptureError: it is damaged; without `salvage` also when it only ends early.
+
+    """
+    if source.kind == "trace.dat":
+        reader = TraceDatReader(source.file, tally, salvage=salvage)
+        yield from reader
+        if reader.ended is not None:
+            raise reader.ended
+    elif source.kind == "perf.data":
+        try:
+            perf = PerfDataReader(source.file, tally, salvage=salvage)
+            yield from perf
+        except UnsupportedError as error:
+            if tally.read:
+                raise CaptureError(f"{error} in the middle of the file: use perf script") from error
+            with perf_script(source.file, str(error)) as text:
+                yield from TextReader(text, tally)
+            return
+        if perf.ended is not None:
+            raise perf.ended
+    else:
+        yield from TextReader(source.stream, tally)
+
+
+def import_traces(
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    slots: tuple[Slot, ...] = (),
+    strict: bool = False,
+    salvage: bool = False,
+    force: bool = False,
+) -> Imported:
+    """Turn traces, parts of one recording in order, into one capture.
+
+    Args:
+        paths: the files.
+        output: the capture to write; it is there whole or not at all.
+        slots: KVM's own slots as the user states them.
+        strict: fail on lines or records that are not understood.
+        salvage: keep what stands before damage, instead of failing.
+        force: replace `output`.
+
+    Raises:
+        CaptureError: a file is damaged or no trace; nothing was read; `strict`.
+
+    """
+    done = Imported()
+    translator = Translator(slots)
+    with ExitStack() as opened:
+        spool: BinaryIO = opened.enter_context(tempfile.TemporaryFile(dir=output.parent))
+        for path in paths:
+            source = open_trace(path)
+            opened.callback(source.file.close)
+            done.kinds.append(source.kind)
+            try:
+                for block in blocks(source, done.tally, salvage=salvage):
+                    _spool(spool, translator.feed(block), done)
+            except CaptureError as error:
+                if not salvage:
+                    raise CaptureError(f"{path}: {error}") from error
+                done.ended.append(f"{path}: {error}")
+            _spool(spool, translator.finish(), done)
+        _check(done, strict)
+        _spool(spool, _garbled(done.tally), done)
+        _write(spool, output, _header(done, paths, slots), force)
+    return done
+
+
+def _spool(spool: BinaryIO, events: NDArray[Any], done: Imported) -> None:
+    """Set events aside: the capture's header, its first bytes, is known at the end only."""
+    if len(events):
+        spool.write(events.data)
+        done.events += len(events)
+
+
+def _check(done: Imported, strict: bool) -> None:
+    tally = done.tally
+    shown = "".join(f"; for example: {sample}" for sample in tally.samples[:1])
+    if strict and tally.unknown:
+        raise CaptureError(f"{tally.unknown} lines or records not understood (--strict){shown}")
+    if not tally.read and not done.ended:
+        raise CaptureError(f"no event in it: not a trace, or an empty one{shown}")
+    if done.ended and not done.events:
+        raise CaptureError(f"nothing to salvage: {done.ended[0]}")
+
+
+def _garbled(tally: Tally) -> NDArray[Any]:
+    """A loss for events of ours that could not be read: silence about them means nothing."""
+    events = np.zeros(1 if tally.garbled else 0, EVENT)
+    events["vcpu"], events["type"], events["site"] = NO_VCPU, Type.LOSS, Site.DRAIN
+    events["addr"], events["aux"], events["len"] = tally.garbled, ANY_CPU, LossCause.READ
+    return events
+
+
+def _header(done: Imported, paths: Sequence[Path], slots: tuple[Slot, ...]) -> dict[str, Any]:
+    header = new_header("converted")
+    kinds = ", ".join(dict.fromkeys(done.kinds))
+    known = (
+        "KVM's own memslots as stated: "
+        + ", ".join(f"{slot.id} at {slot.base:#x}, {slot.pages} pages" for slot in slots)
+        if slots
+        else "KVM's own memslots presumed at their well-known addresses"
+    )
+    note = f"converted from {kinds}; memslots are not in such a trace: {known}"
+    header["source"]["note"] = "; ".join([note, *done.ended])
+    header["host"]["kernel"] = done.tally.kernel
+    header["plan"] = plan_of(done.tally)
+    header["command"] = ["kvmprobe", "import", *(path.name for path in paths)]
+    return header
+
+
+def _write(spool: BinaryIO, output: Path, header: dict[str, Any], force: bool) -> None:
+    spool.seek(0)
+    size = MAX_ROWS * EVENT.itemsize
+    data = spool.read(size)
+    rows = np.frombuffer(data, EVENT)
+    if len(rows):
+        header["clock"]["monotonic_ns"] = min(int(rows["ts"][0]), (1 << 63) - 1)
+    with CaptureWriter(output, header, force=force) as writer:
+        while data:
+            writer.write(np.frombuffer(data, EVENT))
+            data = spool.read(size)

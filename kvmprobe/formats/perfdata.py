@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: MIT
+"""Reads perf.data files (tools/perf/Documentation/perf.data-file-format.txt).
+
+Samples of one file have one form: the kernel's record of a tracepoint stands at a fixed place in
+each, or behind a call chain.  Records are found by columns: where one sample ends and the next
+begins there is nothing to step over; only records of other types are stepped over one by one.  Each
+CPU's buffer was written on its own, so samples are put in order of time between the rounds that
+perf marks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmprobe.errors import CaptureError
+from kvmprobe.formats import raw, swar
+from kvmprobe.formats.records import RECORD, SHOWN, Block, Point, Tally
+
+MAGIC = b"PERFILE2"
+_CHUNK = 4 << 20
+_MAX_RECORD = 1 << 16
+_MAX_ATTRS = 1 << 14
+_MAX_TRACING = 256 << 20
+#: Records that wait to be put in order; a file that marks no rounds gets no more.
+_MOST_WAITING = 1 << 20
+_TRACING_DATA, _OSRELEASE = 1, 4
+_TRACEPOINT = 2
+_PAD = 64
+# Record types
+_LOST, _COMM, _SAMPLE, _LOST_SAMPLES, _ROUND = 2, 3, 9, 13, 68
+_COMPRESSED, _COMPRESSED_2, _AUXTRACE = 81, 83, 71
+# Bits of a sample's form, in the order of what they add
+_IP, _TID, _TIME, _ADDR, _READ, _CHAIN, _ID = 1, 2, 4, 8, 16, 32, 64
+_CPU, _PERIOD, _STREAM, _RAW, _IDENTIFIER = 128, 256, 512, 1024, 1 << 16
+
+
+class UnsupportedError(CaptureError):
+    """A form of perf.data that only perf itself reads."""
+
+
+class _Form(NamedTuple):
+    """Where a sample's parts stand, in bytes from its beginning; -1: not there."""
+
+    identifier: int
+    tid: int
+    time: int
+    cpu: int
+    rest: int
+    chain: bool
+
+
+def _form(kind: int) -> _Form:
+    """Work out the form of samples of one sample_type."""
+    if not kind & _RAW or not kind & _TIME or not kind & _TID:
+        raise CaptureError(
+            "the samples lack time, thread or tracepoint data; record with perf record -e kvm:*"
+        )
+    if kind & _READ:
+        raise UnsupportedError("samples with counter values")
+    at = 8
+    places = {}
+    for bit in (_IDENTIFIER, _IP, _TID, _TIME, _ADDR, _ID, _STREAM, _CPU, _PERIOD):
+        places[bit] = at if kind & bit else -1
+        at += 8 if kind & bit else 0
+    return _Form(
+        places[_IDENTIFIER], places[_TID], places[_TIME], places[_CPU], at, bool(kind & _CHAIN)
+    )
+
+
+class PerfDataReader:
+    """Reads a perf.data from a seekable file."""
+
+    def __init__(self, file: BinaryIO, tally: Tally, *, salvage: bool = False) -> None:
+        """Read the header.
+
+        With `salvage` a file that ends early, or is damaged from some place on, gives what stands
+        before.
+
+        Raises:
+            UnsupportedError: perf itself can read it, this can't.
+            CaptureError: it is damaged; names the offset.
+
+        """
+        self._file = file
+        self._tally = tally
+        self._salvage = salvage
+        self._size = file.seek(0, 2)
+        self._form, self._ids, self._formats, self._data = self._header()
+        self._waiting: list[NDArray[Any]] = []
+        self._count = 0
+        self._latest = 0
+        # The newest times when the last two rounds ended: all up to the older is complete.
+        self._round = 0
+        self._next = 0
+        #: Why the file ends early, if it does.
+        self.ended: CaptureError | None = None
+
+    def _read(self, offset: int, size: int) -> bytes:
+        if offset + size > self._size:
+            raise CaptureError(
+                f"the file ends at byte {self._size}, but names {size} bytes at {offset}"
+            )
+        self._file.seek(offset)
+        return self._file.read(size)
+
+    def _header(self) -> tuple[_Form, NDArray[np.uint64], raw.Formats, tuple[int, int]]:
+        head = raw.Cursor(self._read(0, min(self._size, 104)))
+        head.expect(MAGIC)
+        size = head.number(8)
+        if size == 16:
+            raise UnsupportedError("perf.data written to a pipe")
+        attr_size, attrs, attrs_size, data, data_size = (head.number(8) for _ in range(5))
+        head.take(16)
+        features = head.number(8)
+        if not 64 <= attr_size <= 4096 or attrs_size // attr_size > _MAX_ATTRS:
+            raise CaptureError("attributes of impossible size at byte 16: damaged")
+        kinds, ids = self._attrs(attrs, attrs_size, attr_size)
+        if len(kinds) != 1:
+            raise UnsupportedError("samples of several forms")
+        form = _form(kinds.pop())
+        # Data of a recording that was killed has no size yet.
+        end = data + data_size if data_size else self._size
+        if not features & 1 << _TRACING_DATA:
+            raise CaptureError("no tracepoint formats in it: a recording of tracepoints has them")
+        formats = self._features(end, features)
+        if not data_size or end > self._size:
+            end = self._size
+        return form, np.array(sorted(ids), np.uint64), formats, (data, end)
+
+    def _attrs(self, offset: int, size: int, each: int) -> tuple[set[int], set[int]]:
+        """Read the attributes: the forms of samples, and their identifiers."""
+        kinds, ids = set(), set()
+        table = raw.Cursor(self._read(offset, size), offset)
+        for _ in range(size // each):
+            attr = raw.Cursor(table.take(each), table.offset - each)
+            kind_of = attr.number(4)
+            attr.take(4 + 8 + 8)
+            kind = attr.number(8)
+            attr.take(attr.left - 16)
+            ids_at, ids_size = attr.number(8), attr.number(8)
+            if kind_of != _TRACEPOINT and not kind & _RAW:
+                # Other events beside the tracepoints: dummies for the map of memory.
+                continue
+            kinds.add(kind)
+            if ids_size > 8 << 16:
+                raise CaptureError(f"identifiers of impossible size at byte {table.offset - 8}")
+            ids |= set(np.frombuffer(self._read(ids_at, ids_size // 8 * 8), "<u8").tolist())
+        return kinds, ids
+
+    def _features(self, offset: int, features: int) -> raw.Formats:
+        """Read what matters after the data: tracepoint formats, the kernel's release."""
+        table = raw.Cursor(self._read(offset, 16 * features.bit_count()), offset)
+        formats = raw.Formats()
+        for bit in range(features.bit_length()):
+            if not features >> bit & 1:
+                continue
+            at, size = table.number(8), table.number(8)
+            if bit == _OSRELEASE and 4 < size <= 4096:
+                text = self._read(at, size)[4:].split(b"\0")[0]
+                self._tally.kernel = text.decode("latin-1") or None
+            if bit != _TRACING_DATA:
+                continue
+            if size > _MAX_TRACING:
+                raise CaptureError(f"tracepoint formats of {size} bytes at byte {at}: damaged")
+            cursor = raw.Cursor(self._read(at, size), at)
+            cursor.expect(b"\x17\x08\x44tracing")
+            cursor.string(16)
+            cursor.take(1 + 1 + 4)
+            raw.read_page_header(cursor)
+            raw.read_ftrace_formats(cursor)
+            formats = raw.read_formats(cursor)
+        # perf keeps the formats of the tracepoints that it recorded, and of no others.
+        self._tally.enabled = {layout.tracepoint.point for layout in formats.layouts.values()}
+        return formats
+
+    def __iter__(self) -> Iterator[Block]:
+        """Yield the records in order of time; raises CaptureError that names the offset."""
+        comms: dict[int, bytes] = {}
+        try:
+            for chunk, offset in self._chunks():
+                comms |= self._chunk(chunk, offset)
+                if len(block := self._sorted(self._round)):
+                    yield Block(block, comms)
+                    comms = {}
+        except UnsupportedError:
+            raise
+        except CaptureError as error:
+            if not self._salvage:
+                raise
+            self.ended = error
+        if len(block := self._sorted(None)):
+            yield Block(block, comms)
+
+    def _chunks(self) -> Iterator[tuple[bytes, int]]:
+        """Yield whole records in pieces, and their place in the file."""
+        offset, end = self._data
+        self._used = 0
+        while offset < end:
+            size = min(_CHUNK, end - offset)
+            self._file.seek(offset)
+            data = self._file.read(size)
+            yield data, offset
+            if not self._used:
+                raise CaptureError(f"the file ends inside a record, at byte {offset}")
+            offset += self._used
+
+    def _chunk(self, data: bytes, offset: int) -> dict[int, bytes]:
+        """Take in the whole records at the front of `data`; sets `_used` to their bytes."""
+        padded = np.zeros(len(data) // 8 * 8 + _PAD, np.uint8)
+        padded[: len(data) // 8 * 8] = np.frombuffer(data[: len(data) // 8 * 8], np.uint8)
+        words = padded.view("<u8")
+        slots = len(data) // 8
+        sample, size = self._candidates(words, slots)
+        # A run of samples ends where the next candidate isn't the next record.
+        breaks = np.flatnonzero(sample[1:] != sample[:-1] + size[:-1])
+        runs: list[tuple[int, int]] = []
+        comms: dict[int, bytes] = {}
+        others: list[tuple[int, NDArray[Any]]] = []
+        at = 0
+        while at < slots:
+            i = int(np.searchsorted(sample, at))
+            if i < len(sample) and sample[i] == at:
+                b = int(np.searchsorted(breaks, i))
+                last = int(breaks[b]) if b < len(breaks) else len(sample) - 1
+                runs.append((i, last + 1))
+                at = int(sample[last] + size[last])
+                continue
+            head = int(words[at])
+            kind, length = head & 0xFFFFFFFF, head >> 48
+            if length < 8 or length % 8:
+                self._used = at * 8
+                self._take(words, sample, size, runs, others)
+                raise CaptureError(f"a record of {length} bytes at byte {offset + at * 8}: damaged")
+            if at + length // 8 > slots:
+                break
+            if kind in (_COMPRESSED, _COMPRESSED_2, _AUXTRACE):
+                raise UnsupportedError("compressed or AUX records")
+            body = padded[at * 8 : at * 8 + length].tobytes()
+            if kind == _COMM and length >= 24:
+                tid = int.from_bytes(body[12:16], "little")
+                comms[tid] = body[16:32].split(b"\0")[0]
+            elif kind in (_LOST, _LOST_SAMPLES):
+                others.append((len(runs), self._lost(body, kind)))
+            elif kind == _ROUND:
+                others.append((len(runs), np.empty(0, RECORD)))
+            elif kind == _SAMPLE:
+                self._tally.not_understood(
+                    1, [f"a sample at byte {offset + at * 8}".encode()], ours=True
+                )
+            at += length // 8
+        self._used = at * 8
+        self._take(words, sample, size, runs, others)
+        return comms
+
+    def _candidates(
+        self, words: NDArray[np.uint64], slots: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where samples may begin, in words, and their lengths in words; whole ones only."""
+        at = np.flatnonzero((words[:slots] & np.uint64(0xFFFFFFFF)) == _SAMPLE)
+        size = (words[at] >> np.uint64(48)).astype(np.int64)
+        good = (size % 8 == 0) & (size >= self._form.rest + 8) & (at + size // 8 <= slots)
+        if self._form.identifier >= 0:
+            # The buffer goes on for some words after the last slot.
+            good &= np.isin(words[at + self._form.identifier // 8], self._ids)
+        return at[good], size[good] // 8
+
+    def _lost(self, body: bytes, kind: int) -> NDArray[Any]:
+        record = np.zeros(1, RECORD)
+        record["point"] = Point.LOST
+        place = 16 if kind == _LOST else 8
+        record["a"] = min(int.from_bytes(body[place : place + 8], "little"), 1 << 40)
+        trailer = sum(8 for at in self._form[:4] if at >= 0)
+        if len(body) >= place + 8 + trailer and self._form.cpu >= 0:
+            tail = body[-16:] if self._form.identifier >= 0 else body[-8:]
+            record["cpu"] = int.from_bytes(tail[:2], "little")
+        return record
+
+    def _take(
+        self,
+        words: NDArray[np.uint64],
+        sample: NDArray[np.int64],
+        size: NDArray[np.int64],
+        runs: list[tuple[int, int]],
+        others: list[tuple[int, NDArray[Any]]],
+    ) -> None:
+        """Turn the runs of samples into records; `others` are losses and rounds between runs."""
+        marks = np.concatenate([np.arange(a, b) for a, b in runs] or [np.empty(0, np.int64)])
+        ends = np.cumsum([0, *(b - a for a, b in runs)])
+        samples, good = self._samples(words, sample[marks] * 8, size[marks] * 8)
+        self._tally.read += len(marks)
+        records, index, short = raw.columns(samples, self._formats, self._tally.systems)
+        count = len(marks) - int(good.sum()) + len(short)
+        self._tally.not_understood(
+            count, [b"a sample too short for its format"] * min(count, SHOWN), ours=True
+        )
+        index = np.flatnonzero(good)[index]
+        ts = words[sample[marks] + self._form.time // 8]
+        before = 0
+        for run, record in others:
+            upto = int(ends[run])
+            row = int(np.searchsorted(index, upto))
+            self._wait(records[before:row])
+            before = row
+            newest = int(ts[:upto].max()) if upto else 0
+            self._latest = max(self._latest, newest)
+            if len(record):
+                record["ts"] = self._latest
+                self._wait(record)
+            else:
+                self._round, self._next = self._next, self._latest
+        self._wait(records[before:])
+        self._latest = max(self._latest, int(ts.max()) if len(ts) else 0)
+
+    def _samples(
+        self, words: NDArray[np.uint64], at: NDArray[np.int64], size: NDArray[np.int64]
+    ) -> tuple[raw.Samples, NDArray[np.bool_]]:
+        """Take samples apart; those whose data go beyond them are left out and not good."""
+        form = self._form
+        data = at + form.rest
+        if form.chain:
+            frames = np.minimum(words[data // 8], np.uint64(_MAX_RECORD)).astype(np.int64)
+            data = data + 8 + 8 * frames
+        good = data + 8 <= at + size
+        data = np.where(good, data, at)
+        length = (words[data // 8] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        good &= (data + 4 + length <= at + size) & (length >= 8)
+        at, data, length = at[good], data[good], length[good]
+        who = words[(at + form.tid) // 8]
+        tid, tgid = who >> np.uint64(32), who & np.uint64(0xFFFFFFFF)
+        cpu = words[(at + form.cpu) // 8] if form.cpu >= 0 else np.zeros(len(at), np.uint64)
+        bytes_of = swar.words(words.view(np.uint8))
+        samples = raw.Samples(
+            bytes_of, data + 4, length, words[(at + form.time) // 8],
+            tid.astype(np.uint32), tgid.astype(np.uint32),
+            (cpu & np.uint64(0xFFFF)).astype(np.uint16),
+        )  # fmt: skip
+        return samples, good
+
+    def _wait(self, records: NDArray[Any]) -> None:
+        if len(records):
+            self._waiting.append(records)
+            self._count += len(records)
+
+    def _sorted(self, upto: int | None) -> NDArray[Any]:
+        """Take the waiting records with times up to `upto` (None: all), in order of time."""
+        if upto is not None and self._count <= _MOST_WAITING and not self._round:
+            return np.empty(0, RECORD)
+        waiting = np.concatenate([np.empty(0, RECORD), *self._waiting])
+        waiting = waiting[np.argsort(waiting["ts"], kind="stable")]
+        cut = len(waiting)
+        if upto is not None:
+            cut = int(np.searchsorted(waiting["ts"], np.uint64(upto), side="right"))
+            cut = max(cut, len(waiting) - _MOST_WAITING)
+        taken, rest = waiting[:cut], waiting[cut:]
+        self._waiting, self._count = [rest], len(rest)
+        self._tally.took(taken)
+        return taken
