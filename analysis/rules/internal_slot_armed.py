@@ -13,6 +13,7 @@ from kvmprobe.analysis.rules.model import (
     Event,
     Needs,
     Rule,
+    filled_in_smm,
     generation_matches,
     hides_from_l2,
     in_l1,
@@ -31,6 +32,7 @@ def step(e: Event, words: NDArray[np.uint64], at: int) -> int:  # noqa: ARG001 -
         and in_l1(e)
         and in_memory(e)
         and generation_matches(e)
+        and not filled_in_smm(e)
     ):
         return CONVICTS | CITES
     return 0
@@ -55,6 +57,7 @@ RULE = Rule(
         "memslots must not have changed during the lookup (UNSTABLE)",
         "the slot must not be on its way out (SLOT_INVALID)",
         "the entry's generation must be known and be the one this kernel compares with",
+        "an entry known to be filled in SMM is not L2's: it is left to the address-space fault",
         "gfn 0 never counts: the cache can hold it but never matches it",
         "the APIC access page (gfn 0xfee00) never counts: emulating it is intended",
     ),

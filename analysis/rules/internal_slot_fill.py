@@ -44,7 +44,7 @@ def step(e: Event, words: NDArray[np.uint64], at: int) -> int:
     if e.type == _FAULTIN and e.kind == _KEPT:
         return ACQUITS
     code = no_slot_fault(e, words, at)
-    if code == CONVICTS or e.type == _FILL:
+    if code == CONVICTS or (code != 0 and e.type == _FILL):
         code |= CAUSE
     return code
 
@@ -64,6 +64,7 @@ RULE = Rule(
         "the level must be known, and be L2",
         "memslots must not have changed during the lookup (UNSTABLE)",
         "the slot must not be on its way out (SLOT_INVALID)",
+        "a fill read back after its generation was gone says nothing: the slot may be younger",
         "gfn 0 never counts",
         "the APIC access page (gfn 0xfee00) never counts: emulating it is intended",
         "a fault seen both as FAULTIN and as FILL counts once",

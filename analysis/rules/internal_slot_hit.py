@@ -13,6 +13,7 @@ from kvmprobe.analysis.rules.model import (
     Needs,
     Rule,
     believed,
+    filled_in_smm,
     hides_from_l2,
     in_l1,
     in_memory,
@@ -22,7 +23,7 @@ from kvmprobe.probes.schema import Type
 
 def step(e: Event, words: NDArray[np.uint64], at: int) -> int:
     """Convict a match in L1 on the TSS or identity map; MMIO on that page follows as evidence."""
-    if not (hides_from_l2(e) and in_l1(e) and in_memory(e)):
+    if not (hides_from_l2(e) and in_l1(e) and in_memory(e)) or filled_in_smm(e):
         return 0
     code = believed(e, words, at)
     return code | CITES if code == CONVICTS else code
@@ -43,6 +44,7 @@ RULE = Rule(
         "the level must be known, and be L1",
         "memslots must not have changed during the lookup (UNSTABLE)",
         "the slot must not be on its way out (SLOT_INVALID)",
+        "an entry known to be filled in SMM is not L2's: it is left to the address-space fault",
         "gfn 0 never counts",
         "the APIC access page (gfn 0xfee00) never counts: emulating it is intended",
         "a reserved-bit fault (site RSVD) and the match it leads to count once",

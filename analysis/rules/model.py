@@ -41,6 +41,8 @@ _GEN_NOT_CURRENT = _GEN_KNOWN | _GEN_CURRENT
 _TWO_KNOWN_AS = int(Flag.TWO_AS | Flag.AS_KNOWN)
 _FILL_AS = int(Flag.FILL_AS_KNOWN | Flag.OTHER_AS)
 _FILL_AS_KNOWN = int(Flag.FILL_AS_KNOWN)
+_OTHER_AS = int(Flag.OTHER_AS)
+_SMM = int(Flag.SMM)
 _SMM_AT_WORK = int(Flag.TWO_AS | Flag.SMM_SEEN)
 _FILL = int(Type.FILL)
 _FAULTIN = int(Type.FAULTIN)
@@ -194,6 +196,15 @@ def wrong_address_space(e: Event) -> bool:
     return e.flags & _FILL_AS == _FILL_AS or e.flags & _GEN_NOT_CURRENT == _GEN_KNOWN
 
 
+def filled_in_smm(e: Event) -> bool:
+    """Whether the cache's entry is known to be filled in SMM: then it isn't L2's doing.
+
+    KVM makes its own slots in one address space after the other, so on a kernel with
+    CVE-2026-99082 an entry made in SMM in between outlives the second.
+    """
+    return e.flags & _FILL_AS_KNOWN != 0 and (e.flags & _OTHER_AS != 0) != (e.flags & _SMM != 0)
+
+
 def smm_explains(e: Event) -> bool:
     """Whether an entry for memory may come from SMM.
 
@@ -216,13 +227,16 @@ def no_slot_fault(e: Event, words: NDArray[np.uint64], at: int) -> int:
     """One fault that was sent to no-slot, seen as FAULTIN and as FILL: counted once.
 
     Which of the two comes first depends on the site, so each waits for the other.  words[at] holds
-    the gfn that waits, shifted by one, and which of the two was seen.
+    the gfn that waits, shifted by one, and which of the two was seen.  A fill read back when its
+    generation was gone says nothing: the slot may have come after it.
     """
     if e.type == _FAULTIN:
         if e.kind != _NOSLOT:
             return 0
         seen = e.gfn << _ONE
     elif e.type == _FILL:
+        if e.flags & _GEN_KNOWN != 0 and not generation_matches(e):
+            return 0
         seen = (e.gfn << _ONE) | _ONE
     else:
         return 0
@@ -262,6 +276,7 @@ HELPERS: tuple[Callable[..., Any], ...] = (
     hides_from_l2,
     generation_matches,
     wrong_address_space,
+    filled_in_smm,
     smm_explains,
     announced_in_vain,
     no_slot_fault,

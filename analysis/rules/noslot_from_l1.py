@@ -43,6 +43,7 @@ RULE = Rule(
         "the level must be known, and be L1",
         "memslots must not have changed during the lookup (UNSTABLE)",
         "the slot must not be on its way out (SLOT_INVALID)",
+        "a fill read back after its generation was gone says nothing: the slot may be younger",
         "gfn 0 never counts",
         "the APIC access page (gfn 0xfee00) never counts: emulating it is intended",
         "a fault seen both as FAULTIN and as FILL counts once",

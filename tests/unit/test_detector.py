@@ -116,11 +116,14 @@ def _blame(e: Any) -> set[str]:  # noqa: ANN401
     here = Flag.FILL_AS_KNOWN in flags and not there
     wrong = Flag.TWO_AS | Flag.AS_KNOWN in flags and (there or (known and not current))
     smm = Flag.TWO_AS | Flag.SMM_SEEN in flags and not here
+    late = known and not as0 and not current
+    from_smm = there != (Flag.SMM in flags) and Flag.FILL_AS_KNOWN in flags
     blamed = {
-        "internal-slot-fill": kind == Type.FILL and internal and l2,
-        "noslot-from-l1": kind == Type.FILL and internal and l1,
-        "internal-slot-armed": kind == Type.CACHE and internal and l1 and (as0 or current),
-        "internal-slot-hit": kind == Type.MATCH and internal and l1,
+        "internal-slot-fill": kind == Type.FILL and internal and l2 and not late,
+        "noslot-from-l1": kind == Type.FILL and internal and l1 and not late,
+        "internal-slot-armed": kind == Type.CACHE and internal and l1 and (as0 or current)
+        and not from_smm,
+        "internal-slot-hit": kind == Type.MATCH and internal and l1 and not from_smm,
         "cache-hits-memory": user and l1 and not wrong and not smm
         and (kind == Type.MATCH or as0 or current),
         "address-space-mixup": kind == Type.MATCH and memory and (wrong or (user and l1 and smm)),

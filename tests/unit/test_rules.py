@@ -48,6 +48,7 @@ HITS: dict[str, dict[str, tuple[Events, int]]] = {
         "fill, then its tracepoint": ([ev(FILL, L2), noslot(site=Site.SPTE_REQUESTED)], 1),
         "two faults with their fills": ([noslot(), ev(FILL, L2)] * 2, 2),
         "two fills": ([ev(FILL, L2)] * 2, 2),
+        "generation known": ([ev(FILL, L2 | LIVE)], 1),
         "fault and fill of two pages": ([noslot(), ev(FILL, L2, **AT_IDENTITY)], 2),
         "a retried fault": ([noslot(), noslot(), ev(FILL, L2)], 2),
         "top of the address space": ([ev(FILL, L2, addr=(1 << 64) - 4096)], 1),
@@ -58,6 +59,9 @@ HITS: dict[str, dict[str, tuple[Events, int]]] = {
         "identity map": ([ev(CACHE, L1 | LIVE, **AT_IDENTITY)], 1),
         "in SMM, kernel not known to be fixed": (
             [ev(CACHE, L1 | Flag.SMM | Flag.AS_KNOWN | Flag.GEN_KNOWN | Flag.GEN_IS_AS0)], 1,
+        ),
+        "in SMM, filled outside": (
+            [ev(CACHE, rule_cases.IN_SMM | rule_cases.AS0 | rule_cases.FILLED_THERE)], 1,
         ),
         "in SMM, entry of the vCPU's own generation": (
             [ev(CACHE, L1 | Flag.SMM | Flag.AS_KNOWN | Flag.GEN_KNOWN | Flag.GEN_IS_CURRENT)], 1,
@@ -71,6 +75,9 @@ HITS: dict[str, dict[str, tuple[Events, int]]] = {
         "reserved-bit fault, generation known": ([ev(MATCH, L1 | LIVE, **RSVD)], 1),
         "reserved-bit fault and its match": ([ev(MATCH, L1, **RSVD), ev(MATCH)], 1),
         "two accesses": ([ev(MATCH)] * 2, 2),
+        "in SMM, filled outside": (
+            [ev(MATCH, rule_cases.IN_SMM | rule_cases.AS0 | rule_cases.FILLED_THERE)], 1,
+        ),
         "reserved-bit fault, then another page": (
             [ev(MATCH, L1, **RSVD), ev(MATCH, **AT_IDENTITY)], 2,
         ),
@@ -116,6 +123,7 @@ MISSES: dict[str, dict[str, Events]] = {
         "fault failed": [ev(Type.FAULTIN, L2, kind=3)],
         "fault's exit not seen": [ev(Type.FAULTIN, L2, kind=0)],
         "match only": [ev(MATCH, L2)],
+        "fill read back too late": [ev(FILL, L2 | Flag.GEN_KNOWN)],
     },
     "internal-slot-armed": {
         "L2": [ev(CACHE, L2 | LIVE)],
@@ -129,6 +137,12 @@ MISSES: dict[str, dict[str, Events]] = {
         "true hole": [ev(CACHE, L1 | LIVE, slot=-1)],
         "user slot": [ev(CACHE, L1 | LIVE, **RAM)],
         "a fill": [ev(FILL, L1 | LIVE)],
+        "filled in SMM, seen outside": [
+            ev(CACHE, L1 | SMM_USED | LIVE | rule_cases.FILLED_THERE),
+        ],
+        "filled in SMM, seen there": [
+            ev(CACHE, rule_cases.IN_SMM | rule_cases.AS0 | rule_cases.FILLED_HERE),
+        ],
     },
     "internal-slot-hit": {
         "L2": [ev(MATCH, L2)],
@@ -142,6 +156,10 @@ MISSES: dict[str, dict[str, Events]] = {
         "MMIO without a match": [ev(MMIO, L1, kind=0)],
         "believed fault without its slot": [ev(Type.FAULT, L1 | Flag.BELIEVED, slot=-1)],
         "fill by L2 and nothing more": [ev(FILL, L2)],
+        "filled in SMM": [
+            ev(MATCH, L1 | SMM_USED | LIVE | rule_cases.FILLED_THERE),
+            ev(MATCH, rule_cases.IN_SMM | rule_cases.AS0 | rule_cases.FILLED_HERE),
+        ],
         "reserved-bit fault in SMM that may not believe it": [
             ev(MATCH, rule_cases.IN_SMM | rule_cases.AS0, **RSVD),
         ],
@@ -156,6 +174,7 @@ MISSES: dict[str, dict[str, Events]] = {
         "true hole": [noslot(L1, slot=-1), ev(FILL, L1, slot=-1)],
         "user slot": [noslot(L1, **RAM)],
         "fault kept": [kept(L1)],
+        "fill read back too late": [ev(FILL, L1 | Flag.GEN_KNOWN)],
     },
     "cache-hits-memory": {
         "L2": [ev(MATCH, L2, **RAM), ev(CACHE, L2 | LIVE, **RAM)],
