@@ -6,11 +6,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmprobe.analysis.detector import Detector
 from kvmprobe.analysis.integrity import LIST_LIMIT, Integrity
-from kvmprobe.probes.schema import LifecycleChange, LossCause, Type, columns
+from kvmprobe.analysis.vms import VmNames
+from kvmprobe.probes.schema import EVENT, Flag, LifecycleChange, LossCause, Type, columns
 from tests.streams import ev, gone, interleave, stream, vm_gone
 
 
@@ -52,6 +55,62 @@ def test_repeats_and_steps_back_are_anomalies() -> None:
     assert found.anomaly_counts == {"repeats": 1, "goes back": 1}
     assert [(a.kind, a.seq) for a in found.anomalies] == [("repeats", 5), ("goes back", 3)]
     assert found.missing == 0
+
+
+_IMPOSSIBLE = {
+    "L2 without a known level": Flag.L2,
+    "SMM without a known address space": Flag.SMM | Flag.TWO_AS,
+    "SMM with one address space": Flag.SMM | Flag.AS_KNOWN,
+    "a compared generation that isn't known": Flag.GEN_IS_AS0,
+    "another address space that isn't known": Flag.OTHER_AS,
+}
+
+
+@pytest.mark.parametrize("kind", _IMPOSSIBLE)
+def test_flags_that_contradict_each_other_are_anomalies(kind: str) -> None:
+    flags = _IMPOSSIBLE[kind]
+    events = [*_seqs(1), ev(Type.MATCH, flags, seq=2), ev(Type.FAULT, flags, seq=3, vcpu=4)]
+    found = _follow(stream(events))
+    assert found.anomaly_counts == {kind: 2}
+    assert [(a.kind, a.vm, a.vcpu, a.seq) for a in found.anomalies] == [
+        (kind, 1, 0, 2),
+        (kind, 1, 4, 3),
+    ]
+    assert [found.trusts(1, n) for n in (0, 1, 4)] == [False, True, False]
+
+
+def test_flags_of_real_events_are_possible() -> None:
+    known = Flag.LEVEL_KNOWN | Flag.AS_KNOWN | Flag.TWO_AS | Flag.GEN_KNOWN | Flag.FILL_AS_KNOWN
+    for flags in (
+        Flag(0), known, known | Flag.L2, known | Flag.SMM | Flag.SMM_SEEN | Flag.GEN_IS_AS0,
+        known | Flag.OTHER_AS | Flag.GEN_IS_CURRENT, Flag.AS_KNOWN, Flag.TWO_AS | Flag.SMM_SEEN,
+    ):  # fmt: skip
+        assert _follow(stream([ev(Type.MATCH, flags)])).anomaly_counts == {}
+
+
+def test_a_vcpu_of_no_vm_is_an_anomaly() -> None:
+    found = _follow(stream([ev(Type.MATCH, vm=0), _loss(Type.FILL, 1)]))
+    assert found.anomaly_counts == {"belongs to no VM": 1}
+    assert not found.trusts(0, 0)
+    assert found.trusts(0, 0xFFFF)
+
+
+def test_vcpus_out_of_sequence_are_not_trusted() -> None:
+    found = _follow(stream([*_seqs(5, 5), *_seqs(5, 4, vcpu=1), *_seqs(1, 9, vcpu=2)]))
+    assert [found.trusts(1, n) for n in range(3)] == [False, False, True]
+
+
+@given(st.binary(min_size=56 * 40, max_size=56 * 40), st.integers(0, 40))
+def test_any_bytes_are_taken(data: bytes, cut: int) -> None:
+    rows = np.frombuffer(data, EVENT).copy()
+    rows["type"] %= 16
+    integrity, detector, names = _follow(rows, [cut]), Detector(), VmNames()
+    for part in np.split(rows, [cut]):
+        detector.feed(columns(part))
+        names.feed(columns(part))
+    assert integrity.anomaly_counts.total() >= len(integrity.anomalies)
+    assert all(f.count > 0 for f in detector.findings())
+    assert all(names.get(int(vm)).id == vm for vm in rows["vm"])
 
 
 def test_vcpus_are_followed_apart() -> None:

@@ -25,6 +25,7 @@ from kvmprobe.probes.schema import (
     SLOT_IDENTITY,
     SLOT_TSS,
     Columns,
+    Flag,
     LifecycleChange,
     Type,
     columns,
@@ -32,6 +33,7 @@ from kvmprobe.probes.schema import (
 from kvmprobe.store.format import new_header
 from kvmprobe.store.reader import CaptureReader
 from kvmprobe.store.writer import CaptureWriter
+from tests import rule_cases
 from tests.convert_ftrace import GOLDEN
 from tests.streams import L1, L2, LIVE, RAM_GPA, ev, interleave, kept, noslot, stream, vcpu_streams
 
@@ -146,6 +148,49 @@ def test_losses_are_told() -> None:
     (loss,) = document["captures"][0]["losses"]
     assert loss == {"observation": "FILL", "cpu": 3, "cause": "RING", "records": 7}
     assert document["observations"] == {"FAULTIN": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "events"),
+    [
+        ("repeats", [ev(Type.MATCH, seq=5), ev(Type.MATCH, seq=5)]),
+        ("goes back", [ev(Type.EMULATE, seq=5), ev(Type.MATCH, seq=3)]),
+        ("L2 without a known level", [ev(Type.MATCH), ev(Type.MMIO, Flag.L2, kind=0)]),
+        ("belongs to no VM", [ev(Type.MATCH, vm=0)]),
+    ],
+)
+def test_events_that_no_kernel_makes_are_named_and_find_nothing(
+    kind: str, events: list[dict[str, Any]]
+) -> None:
+    analysis = _analyze(*events, ev(Type.MATCH, vcpu=7))
+    document = _document(analysis)
+    assert [f["vcpu"] for f in document["findings"]] == [7]
+    assert document["captures"][0]["anomalies"] == {kind: 1}
+    assert f"events that no kernel makes: {kind} (1)" in render(analysis)
+    assert _document(_analyze(*events))["verdict"] == "inconclusive"
+
+
+def test_time_going_back_between_cpus_and_new_vcpus_are_normal() -> None:
+    events = [ev(Type.MATCH, vcpu=1, ts=9000, seq=77), ev(Type.MATCH, vcpu=2, ts=8000, seq=3)]
+    document = _document(_analyze(*events))
+    assert document["captures"][0]["anomalies"] == {}
+    assert [f["vcpu"] for f in document["findings"]] == [2, 1]
+
+
+def test_a_finding_of_a_vm_itself() -> None:
+    analysis = _analyze(*rule_cases.storm(100, 6, start=START))
+    (finding,) = _document(analysis)["findings"]
+    assert (finding["rule"], finding["gpa"], finding["slot"]) == ("stale-spte-storm", None, None)
+    assert finding["vcpu"] == NO_VCPU
+    text = render(analysis)
+    assert "where   VM 1\n" in text
+    assert "2 times within 1.000 s" in text
+
+
+def test_a_symptom_gets_no_verdict() -> None:
+    document = _document(_analyze(ev(Type.MMIO, addr=RAM_GPA, slot=3, kind=0)))
+    assert [f["rule"] for f in document["findings"]] == ["unexplained-mmio"]
+    assert "vulnerable" not in [v["verdict"] for v in document["verdicts"].values()]
 
 
 def test_unknown_numbers_keep_their_number() -> None:
