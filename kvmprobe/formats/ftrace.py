@@ -24,9 +24,6 @@ LONGEST_LINE = 64 << 10
 #: A lost record's CPU where the text doesn't say.
 ANY_CPU = 0xFFFF
 
-#: Threads whose names were told already; beyond so many they are told again.
-_KNOWN_MAX = 1 << 16
-
 _LOST = re.compile(rb"\s*CPU:\s*(\d{1,5}) \[(?:LOST )?(?:(\d{1,18}) )?EVENTS(?: DROPPED)?\]")
 _ENTRIES = re.compile(rb"# entries-in-buffer/entries-written: (\d{1,18})/(\d{1,18})")
 _PERF_LOST = re.compile(rb".*\[(\d{3,5})\] .*PERF_RECORD_LOST(?:_SAMPLES)?:? lost (\d{1,18})")
@@ -49,7 +46,7 @@ class TextReader:
         """Read from `stream`; what is met is counted in `tally`."""
         self._stream = stream
         self._tally = tally
-        self._known: set[int] = set()
+        self._known = np.zeros(lines.TIDS, np.bool_)
         self._last_ts = 0
 
     def __iter__(self) -> Iterator[Block]:
@@ -94,9 +91,6 @@ class TextReader:
             block = Block(np.insert(block.records, at, marks), block.comms)
         if len(block.records):
             self._last_ts = int(block.records["ts"][-1])
-        if len(self._known) > _KNOWN_MAX:
-            self._known.clear()
-        self._known.update(block.comms)
         tally.took(block.records)
         return block
 

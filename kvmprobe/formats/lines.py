@@ -24,6 +24,8 @@ from kvmprobe.formats.records import NO_VCPU, RECORD, Block, Point
 
 #: Bytes around a text, so that nothing is looked up outside.
 PAD = 256
+#: Thread numbers have at most 7 digits.
+TIDS = 10**7
 _NAME_MAX = 40
 _NS = np.array([10**n for n in range(9, -1, -1)], np.uint64)
 
@@ -135,7 +137,7 @@ def _heads(text: Text) -> _Head:
     good = tid.good & ((before == _MINUS) | (before == _BLANK)) & (comm_end > text.start[line])
     ts_at = swar.skip(w, after, _BLANK)
     seconds = swar.decimal(w, ts_at)
-    flags = np.flatnonzero(~(seconds.good & np.isin(a[seconds.end], (_DOT, _COLON))))
+    flags = np.flatnonzero(~_is_time(a, seconds))
     if len(flags):
         blank, found = swar.find(w, ts_at[flags], _BLANK, 16)
         good[flags] &= found
@@ -149,6 +151,11 @@ def _heads(text: Text) -> _Head:
     keep = np.flatnonzero(good)
     head = _Head(line, comm_end, tid.value, tgid, cpu, ts, stop + 1, stop).rows(keep)
     return _named(text, head)
+
+
+def _is_time(a: NDArray[np.uint8], number: swar.Numbers) -> NDArray[np.bool_]:
+    after = a[number.end]
+    return number.good & ((after == _DOT) | (after == _COLON))
 
 
 def _nanoseconds(text: Text, seconds: swar.Numbers) -> tuple[swar.U64, swar.Places]:
@@ -173,97 +180,106 @@ def _named(text: Text, head: _Head) -> _Head:
     return head._replace(name=name, length=colon - name).rows(np.flatnonzero(good))
 
 
-def _called(text: Text, heads: _Head, name: str) -> swar.Places:
-    """Which of the heads are of the event `name`."""
-    chosen = np.flatnonzero(heads.length == len(name))
-    if not len(chosen):
-        return chosen
-    return chosen[swar.starts_with(text.words, heads.name[chosen], name.encode())]
+class _Names:
+    """The names of a text's events, to be told apart by length and last eight letters."""
+
+    def __init__(self, text: Text, heads: _Head) -> None:
+        self._words = text.words
+        self._heads = heads
+        self._ending = text.words[heads.name + heads.length - 8]
+
+    def called(self, name: str) -> swar.Places:
+        """Which of the heads are of the event `name`."""
+        same = self._heads.length == len(name)
+        if len(name) >= 8:
+            same &= self._ending == np.uint64(int.from_bytes(name[-8:].encode(), "little"))
+        rows = np.flatnonzero(same)
+        if not len(rows):
+            return rows
+        return rows[swar.starts_with(self._words, self._heads.name[rows], name.encode())]
 
 
-def parse(text: Text, known: set[int], systems: set[str]) -> Parsed:
+def parse(text: Text, known: NDArray[np.bool_], systems: set[str]) -> Parsed:
     """Read all lines of a text.
 
     Args:
         text: whole lines.
-        known: threads whose names aren't needed any more.
+        known: by tid, threads whose names were told before; is brought up to date.
         systems: trace systems that needn't be looked for any more.
 
     """
     heads = _heads(text)
-    parts, part_lines = [], []
-    headed = [np.empty(0, np.int64)]
+    records = np.zeros(len(heads.line), RECORD)
+    for name in ("ts", "tid", "tgid", "cpu"):
+        records[name] = getattr(heads, name)
+    records["vcpu"] = NO_VCPU
+    good = np.zeros(len(records), np.bool_)
+    ours = np.zeros(len(records), np.bool_)
+    names = _Names(text, heads)
     for tracepoint in TRACEPOINTS:
-        chosen = _called(text, heads, tracepoint.name)
-        if not len(chosen):
-            continue
-        mine = heads.rows(chosen)
-        records, good = _payload(text, tracepoint, mine)
-        parts.append(records[good])
-        part_lines.append(mine.line[good])
-        headed.append(mine.line[~good])
-    lines = np.concatenate(part_lines) if parts else np.empty(0, np.int64)
-    records = np.concatenate(parts) if parts else np.empty(0, RECORD)
-    order = np.argsort(lines, kind="stable")
+        rows = names.called(tracepoint.name)
+        if len(rows):
+            ours[rows] = True
+            records["point"][rows] = tracepoint.point
+            _payload(text, tracepoint, heads, rows, records, good)
     other = np.ones(len(text.start), np.bool_)
     other[heads.line] = False
     return Parsed(
-        Block(records[order], _names(text, heads, known)),
-        lines[order],
-        np.sort(np.concatenate(headed)),
+        Block(records[good], _comms(text, heads, known)),
+        heads.line[good],
+        heads.line[ours & ~good],
         np.flatnonzero(other),
         len(heads.line),
         {
             system
-            for system, names in WITNESSES.items()
-            if system not in systems and any(len(_called(text, heads, name)) for name in names)
+            for system, witnesses in WITNESSES.items()
+            if system not in systems and any(len(names.called(name)) for name in witnesses)
         },
     )
 
 
-def _names(text: Text, heads: _Head, known: set[int]) -> dict[int, bytes]:
+def _comms(text: Text, heads: _Head, known: NDArray[np.bool_]) -> dict[int, bytes]:
     """Task names of the threads that aren't known yet."""
-    tids, first = np.unique(heads.tid, return_index=True)
+    new = np.flatnonzero(~known[heads.tid])
+    tids, first = np.unique(heads.tid[new], return_index=True)
+    known[tids] = True
     return {
         tid: text.characters[text.start[heads.line[i]] : heads.comm_end[i]].tobytes().strip()[:16]
-        for tid, i in zip(tids.tolist(), first.tolist(), strict=True)
-        if tid not in known
+        for tid, i in zip(tids.tolist(), new[first].tolist(), strict=True)
     }
 
 
 def _payload(
-    text: Text, tracepoint: Tracepoint, head: _Head
-) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Read what stands after the name; returns records and which of them are any good."""
-    records = np.zeros(len(head.line), RECORD)
-    for name in ("ts", "tid", "tgid", "cpu"):
-        records[name] = getattr(head, name)
-    records["vcpu"] = NO_VCPU
-    records["point"] = tracepoint.point
-    good = np.zeros(len(records), np.bool_)
-    start = swar.skip(text.words, head.name + head.length + 1, _BLANK)
-    todo = np.arange(len(records))
+    text: Text,
+    tracepoint: Tracepoint,
+    heads: _Head,
+    rows: swar.Places,
+    records: NDArray[Any],
+    good: NDArray[np.bool_],
+) -> None:
+    """Read what stands after the names of `rows` into `records`; marks those that are `good`."""
+    start = swar.skip(text.words, heads.name[rows] + heads.length[rows] + 1, _BLANK)
     for form in tracepoint.compiled:
-        todo = todo[~_match(text, form, start, todo, records, good)]
-        if not len(todo):
+        matched = _match(text, form, start, rows, records)
+        good[rows[matched]] = True
+        if matched.all():
             break
+        rows, start = rows[~matched], start[~matched]
     if tracepoint.point == Point.EMULATE:
-        records["note"] = swar.starts_with(text.words, text.end[head.line] - 7, b" failed")
-    return records, good
+        end = text.end[heads.line[rows]]
+        records["note"][rows] = swar.starts_with(text.words, end - 7, b" failed")
 
 
 def _match(
     text: Text,
     form: tuple[Op, ...],
-    start: swar.Places,
-    todo: swar.Places,
+    at: swar.Places,
+    rows: swar.Places,
     records: NDArray[Any],
-    good: NDArray[np.bool_],
 ) -> NDArray[np.bool_]:
-    """Match one form at `start[todo]` and fill in `records`; returns which of `todo` matched."""
+    """Match one form at `at` and fill in `records[rows]`; returns which of the rows matched."""
     w = text.words
-    rows, at = todo, start[todo]
-    place = np.arange(len(todo))
+    place = np.arange(len(rows))
     values: list[tuple[str, swar.U64, swar.Places]] = []
     for op in form:
         ok: NDArray[np.bool_] | None = None
@@ -285,19 +301,19 @@ def _match(
         if value is not None and op.into:
             values.append((op.into, value, place))
         if ok is not None and not ok.all():
-            rows, at, place = rows[ok], at[ok], place[ok]
-    matched = np.zeros(len(todo), np.bool_)
+            at, place = at[ok], place[ok]
+    matched = np.zeros(len(rows), np.bool_)
     matched[place] = True
-    for into, value, at_place in values:
-        keep = matched[at_place]
-        target = todo[at_place[keep]]
+    for into, value, of in values:
+        if len(of) != len(place):
+            value = value[matched[of]]
+        target = rows[place]
         if into == "note":
-            records["note"][target] |= value[keep].astype(np.uint8)
+            records["note"][target] |= value.astype(np.uint8)
         elif into == "vcpu":
-            records["vcpu"][target] = np.minimum(value[keep], np.uint64(NO_VCPU))
+            records["vcpu"][target] = np.minimum(value, np.uint64(NO_VCPU))
         else:
-            records[into][target] = value[keep]
-    good[rows] = True
+            records[into][target] = value
     return matched
 
 
