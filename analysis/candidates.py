@@ -44,38 +44,18 @@ def _tables() -> tuple[NDArray[np.int16], NDArray[np.uint32]]:
 _ABOVE, _FLAGS = _tables()
 
 
-class Selection:
-    """Picks candidates out of batches, of some types only."""
-
-    def __init__(self, types: Iterable[int] = range(256)) -> None:
-        """Pick among events of `types`."""
-        chosen = np.zeros(256, np.bool_)
-        chosen[list(types)] = True
-        self._above = np.where(chosen, _ABOVE, _NEVER).astype(np.int16)
-        self._flags = np.where(chosen, _FLAGS, 0).astype(np.uint32)
-        self._matches = bool(chosen[Type.MATCH])
-
-    def mask(self, columns: Columns) -> NDArray[np.bool_]:
-        """Say for each event whether it is to be picked.
-
-        Args:
-            columns: a batch; `type`, `flags` and `slot` are used.
-
-        Returns:
-            A mask of the batch's length.
-
-        """
-        kind, flags, slot = columns["type"], columns["flags"], columns["slot"]
-        mask: NDArray[np.bool_] = slot > self._above.take(kind)
-        if np.bitwise_or.reduce(flags) & _ANY:
-            mask |= (flags & self._flags.take(kind)) != 0
-            if self._matches:
-                mask |= (kind == Type.MATCH) & ((flags & _MATCH_IN_DOUBT) == _SMM_SEEN)
-        return mask
-
-
-_ALL = Selection()
 _EVERY = (_ABOVE == _ALWAYS) & (_FLAGS == 0)
+
+
+def _by_flags(columns: Columns, wanted: NDArray[np.uint32]) -> NDArray[np.bool_] | None:
+    """Say which events are candidates for their flags; None: no event is."""
+    kind, flags = columns["type"], columns["flags"]
+    if not np.bitwise_or.reduce(flags) & _ANY:
+        return None
+    mask: NDArray[np.bool_] = (flags & wanted.take(kind)) != 0
+    if wanted[Type.MATCH]:
+        mask |= (kind == Type.MATCH) & ((flags & _MATCH_IN_DOUBT) == _SMM_SEEN)
+    return mask
 
 
 def candidates(columns: Columns) -> NDArray[np.bool_]:
@@ -88,6 +68,41 @@ def candidates(columns: Columns) -> NDArray[np.bool_]:
         A mask of the batch's length.
 
     """
-    mask = _ALL.mask(columns)
-    mask |= _EVERY.take(columns["type"])
+    kind = columns["type"]
+    mask: NDArray[np.bool_] = columns["slot"] > _ABOVE.take(kind)
+    mask |= _EVERY.take(kind)
+    flagged = _by_flags(columns, _FLAGS)
+    if flagged is not None:
+        mask |= flagged
     return mask
+
+
+class Selection:
+    """Picks the candidates of a few types, fast where no slot stands behind most events."""
+
+    def __init__(self, types: Iterable[int]) -> None:
+        """Pick among events of `types`."""
+        chosen = np.zeros(256, np.bool_)
+        chosen[list(types)] = True
+        self._every = np.flatnonzero(chosen & _EVERY).astype(np.uint8)
+        self._above = np.where(chosen & ~_EVERY, _ABOVE, _NEVER).astype(np.int16)
+        self._flags = np.where(chosen, _FLAGS, 0).astype(np.uint32)
+
+    def pick(self, columns: Columns) -> NDArray[np.intp]:
+        """Return the indices of the events to pick.
+
+        Args:
+            columns: a batch; `type`, `flags` and `slot` are used.
+
+        """
+        kind, slot = columns["type"], columns["slot"]
+        mask: NDArray[np.bool_] = slot >= 0
+        if mask.any():
+            # Every type that goes by its slot wants one of at least 0.
+            mask &= slot > self._above.take(kind)
+        for each in self._every:
+            mask |= kind == each
+        flagged = _by_flags(columns, self._flags)
+        if flagged is not None:
+            mask |= flagged
+        return np.flatnonzero(mask)

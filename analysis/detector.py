@@ -67,8 +67,6 @@ class Detector:
         self._evidence: dict[tuple[int, int], _Evidence] = {}
         self._acquittals = np.zeros(len(RULES), np.uint64)
         self._acquitting: dict[int, np.void] = {}
-        #: Events that convicted so far: it grows when there is something new to tell.
-        self.occurrences = 0
 
     @property
     def compiled(self) -> bool:
@@ -80,6 +78,11 @@ class Detector:
         """How many VMs and vCPUs are kept in memory."""
         return self._used
 
+    @property
+    def occurrences(self) -> int:
+        """Events that convicted so far: it grows when there is something new to tell."""
+        return int(self._places.counts[: self._used].sum())
+
     def feed(self, columns: Columns) -> None:
         """Take in one batch.
 
@@ -87,7 +90,7 @@ class Detector:
             columns: every field of the event; contiguous or not, read-only or not.
 
         """
-        chosen = np.flatnonzero(_WATCHED.mask(columns))
+        chosen = _WATCHED.pick(columns)
         if not len(chosen):
             return
         key = columns["vm"][chosen].astype(np.int64) << 16 | columns["vcpu"][chosen]
@@ -161,9 +164,9 @@ class Detector:
                 self._keep(r, columns, chosen, kept, out)
         cause = self._places.cause[: self._used]
         new = np.flatnonzero(cause >= 0)
-        self._causes[new] = _rows(columns, chosen[cause[new]])
-        cause[new] = steps.KEPT_CAUSE
-        self.occurrences = int(self._places.counts[: self._used].sum())
+        if len(new):
+            self._causes[new] = _rows(columns, chosen[cause[new]])
+            cause[new] = steps.KEPT_CAUSE
 
     def _keep(
         self,

@@ -110,7 +110,7 @@ def test_selection_of_types_picks_candidates_of_those() -> None:
     }
     for types in ({Type.FILL, Type.MATCH}, {Type.MMIO}, {Type.FAULT, Type.GENERATION}):
         wanted = candidates(columns) & np.isin(columns["type"], [int(t) for t in types])
-        np.testing.assert_array_equal(Selection(types).mask(columns), wanted)
+        np.testing.assert_array_equal(Selection(types).pick(columns), np.flatnonzero(wanted))
 
 
 def test_bulk_of_an_ordinary_guest_is_no_candidate() -> None:
