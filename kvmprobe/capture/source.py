@@ -13,6 +13,7 @@ FILES = (
     "events.h",
     "state.h",
     "kernel.h",
+    "cache.h",
     "vcpu.h",
     "faults.bpf.c",
     "mmio.bpf.c",
