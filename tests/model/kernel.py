@@ -1,0 +1,610 @@
+# SPDX-License-Identifier: MIT
+"""KVM as far as its MMIO cache goes: memslots, generations, faults, the emulator, L1, L2 and SMM.
+
+Plain and slow on purpose: it is what rules and detector are measured against, so it must be
+possible to read it beside KVM's source.  Where KVM has a tracepoint or a function that probes
+attach to, the model calls `Tracer`; what really happened it writes to `Truth`.
+
+One vCPU runs at a time, from entry to exit.  A memslot change of another thread may begin or end at
+`Vm.preempt()`; it can't end while a vCPU holds SRCU, as synchronize_srcu() waits for it.
+
+Guests map L1's memory at fixed offsets, so that mixing up gva, L2's gpa and gpa shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Protocol
+
+from kvmprobe.probes.schema import SLOT_APIC, SLOT_IDENTITY, SLOT_TSS, MemslotChange
+from tests.model.truth import Truth
+
+IN_PROGRESS = 1 << 63  #: KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
+APIC_GFN = 0xFEE00
+SPTE_GENERATION = (1 << 19) - 1  #: MMIO_SPTE_GEN_MASK, 5.15 to 6.18
+PFN_NOSLOT = 1 << 63
+PFN_ERROR = 0x7FF << 52
+PFERR_PRESENT, PFERR_WRITE, PFERR_RSVD = 1, 2, 8
+EXIT_MMIO = 6
+L1_GVA, L2_GVA, L2_GPA = 1 << 44, 1 << 45, 1 << 36  #: where guests see L1's memory
+EMPTY_SPTE = 1 << 63  #: since v6.8; 0 before
+
+INTERNAL = (SLOT_TSS, SLOT_APIC, SLOT_IDENTITY)
+
+
+class How(Enum):
+    """How a guest reaches a page: only some ways ask the cache (kernel.md 2.3 and 8.2)."""
+
+    PLAIN = "plain load or store"
+    STRING = "OUTS or INS"
+    FORCED = "forced emulation of a load or store"
+    STD = "emulated, through read_std or write_std"
+
+
+class Result(Enum):
+    """What became of an access."""
+
+    MEMORY = "memory"
+    USERSPACE = "KVM_EXIT_MMIO"
+    DEVICE = "a device in the kernel"
+    FAILED = "the instruction faulted"
+
+
+class Ret(Enum):
+    """RET_PF_*, as far as it matters."""
+
+    CONTINUE = 0
+    RETRY = 1
+    EMULATE = 2
+    INVALID = 3
+    FIXED = 4
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of kernel and host: each fault on or off.
+
+    The last two are faults that no kernel is known to have: they let rules be tried that never
+    convict a real one.
+    """
+
+    hides_internal: bool = False  # 3a2936dedd20
+    as0_generation: bool = False  # CVE-2026-99082
+    overwrites_spte: bool = False  # CVE-2026-23401
+    tdp: bool = True
+    intel: bool = True  # EPT misconfigurations have no kvm_page_fault tracepoint
+    mmio_caching: bool = True
+    address_spaces: int = 2
+    first_pfn: int = PFN_ERROR  # of struct kvm_page_fault before a lookup; 0 in older kernels
+    hides_from_l1: bool = False
+    keeps_entries: bool = False  # a memslot change doesn't end cache entries
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A memslot; `base` and `pages` count pages."""
+
+    id: int
+    base: int
+    pages: int
+    readonly: bool = False
+    invalid: bool = False
+    logged: bool = False
+
+
+@dataclass(frozen=True)
+class Cache:
+    """vcpu->arch.mmio_*."""
+
+    gva: int = 0
+    gfn: int = 0
+    access: int = 0
+    gen: int = 0
+
+
+@dataclass(frozen=True)
+class Spte:
+    """A shadow-page table entry: memory, or MMIO of a generation."""
+
+    gfn: int
+    mmio: bool
+    gen: int = 0
+    writable: bool = True
+
+    @property
+    def value(self) -> int:
+        """As KVM would write it: bit 11 is SPTE_MMU_PRESENT."""
+        if self.mmio:
+            return 0x8 << 48 | self.gfn << 12 | (self.gen & 0xFF) << 3
+        return self.gfn << 12 | 0xA21 | self.writable << 1
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What else happens to an access, beyond its own doing."""
+
+    stale: bool = False  # the first fault is retried after its fill: mmu_lock was lost
+    device: bool = False  # a device in the kernel answers
+    poisoned: bool = False  # the memory behind the slot can't be accessed
+
+
+class Tracer(Protocol):
+    """The places where probes attach, in the order in which KVM passes them."""
+
+    def entry(self, vcpu: Vcpu) -> None: ...
+    def emulate_insn(self, vcpu: Vcpu) -> None: ...
+    def fault_entry(self, vcpu: Vcpu, addr: int, error: int) -> None: ...
+    def fault_exit(self, vcpu: Vcpu, ret: int) -> None: ...
+    def page_fault(self, vcpu: Vcpu, addr: int, error: int) -> None: ...
+    def faultin_entry(self, vcpu: Vcpu, gfn: int, slot: Slot | None) -> None: ...
+    def faultin_exit(self, vcpu: Vcpu, gfn: int, pfn: int, ret: int) -> None: ...
+    def spte_requested(self, vcpu: Vcpu, gfn: int, slot: Slot | None, pfn: int) -> None: ...
+    def noslot_entry(self, vcpu: Vcpu, gfn: int) -> None: ...
+    def noslot_exit(self, vcpu: Vcpu, ret: int) -> None: ...
+    def handle_mmio_page_fault(self, vcpu: Vcpu, gfn: int) -> None: ...
+    def check_mmio_spte(self, vcpu: Vcpu, spte: int, now: int, then: int) -> None: ...
+    def mark_mmio_spte(self, vcpu: Vcpu, gfn: int, old: int, new: int) -> None: ...
+    def match(self, vcpu: Vcpu, gva: int, gpa: int, write: bool, by_gpa: bool) -> None: ...
+    def mmio(self, vcpu: Vcpu, kind: int, size: int, gpa: int) -> None: ...
+    def userspace_exit(self, vcpu: Vcpu, reason: int) -> None: ...
+    def memslots_updated(self, vm: Vm, gen: int) -> None: ...
+    def commit_memslot(
+        self, vm: Vm, as_id: int, old: Slot | None, new: Slot | None, change: MemslotChange
+    ) -> None: ...
+    def vcpu_destroy(self, vcpu: Vcpu) -> None: ...
+    def vm_destroy(self, vm: Vm) -> None: ...
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the VMM asks for: a slot's old and new form in one address space."""
+
+    as_id: int
+    old: Slot | None
+    new: Slot | None
+
+    @property
+    def what(self) -> MemslotChange:
+        """enum kvm_mr_change."""
+        if self.old is None:
+            return MemslotChange.CREATED
+        if self.new is None:
+            return MemslotChange.DELETED
+        moved = self.old.base != self.new.base
+        return MemslotChange.MOVED_FROM if moved else MemslotChange.REFLAGGED
+
+
+@dataclass(eq=False)
+class Vm:
+    """struct kvm.  `age`: by how many changes each address space's generation is ahead."""
+
+    kvm: int
+    kind: Kind
+    trace: Tracer
+    truth: Truth
+    age: tuple[int, int] = (0, 0)
+    apicv: bool = True
+    vcpus: list[Vcpu] = field(default_factory=list)
+    srcu_held: bool = False
+    #: Counts every step of a memslot change: whatever spans one is not beyond doubt.
+    steps: int = 0
+    #: After so many calls of preempt() the change goes on, by `race_steps`; -1: it doesn't.
+    race: int = -1
+    race_steps: int = 0
+
+    def __post_init__(self) -> None:
+        """Begin as kvm_create_vm() does: generations start at the index of their space."""
+        n = self.kind.address_spaces
+        self.slots: list[list[Slot]] = [[] for _ in range(n)]
+        self.gens = [i + n * self.age[i] for i in range(n)]
+        self.roots: dict[tuple[int, bool, bool, int], dict[int, Spte]] = {}
+        self._change: Iterator[bool] = iter(())
+        self._grace = False
+
+    @property
+    def changing(self) -> bool:
+        """Whether a grace period runs in any address space."""
+        return any(gen & IN_PROGRESS for gen in self.gens)
+
+    def find(self, as_id: int, gfn: int) -> Slot | None:
+        """Look a gfn up, as search_memslots() does."""
+        for slot in self.slots[as_id]:
+            if slot.base <= gfn < slot.base + slot.pages:
+                return slot
+        return None
+
+    def begin(self, *changes: Change) -> None:
+        """Let another thread change memslots; it goes on at step(), settle() or preempt()."""
+        self.settle()
+        self._change = self._run(changes)
+
+    def step(self) -> bool:
+        """Let the other thread go on to the next point where it can be seen; False: it is done."""
+        self.steps += 1
+        self._grace = next(self._change, None) is True
+        return self._grace
+
+    def settle(self) -> None:
+        """Let the other thread finish."""
+        for self._grace in self._change:
+            self.steps += 1
+        self._grace = False
+
+    def preempt(self) -> None:
+        """A place in a vCPU's way where the other thread may be faster."""
+        if self.race > 0:
+            self.race -= 1
+        if self.race == 0 and not (self._grace and self.srcu_held):
+            self.race_steps -= 1
+            if self.race_steps <= 0:
+                self.race = -1
+            self.step()
+
+    def _run(self, changes: tuple[Change, ...]) -> Iterator[bool]:
+        for change in changes:
+            old = change.old
+            if old is not None and change.what != MemslotChange.REFLAGGED:
+                yield from self._activate(change.as_id, old, replace(old, invalid=True))
+                self.roots.clear()  # kvm_arch_flush_shadow_memslot()
+                old = replace(old, invalid=True)
+            yield from self._activate(change.as_id, old, change.new)
+            self.trace.commit_memslot(self, change.as_id, change.old, change.new, change.what)
+
+    def _activate(self, as_id: int, old: Slot | None, new: Slot | None) -> Iterator[bool]:
+        """kvm_swap_active_memslots(): True while the grace period runs."""
+        slots = [s for s in self.slots[as_id] if s != old]
+        self.slots[as_id] = slots if new is None else [*slots, new]
+        gen = self.gens[as_id]
+        self.gens[as_id] = gen | IN_PROGRESS
+        yield True
+        gen += self.kind.address_spaces
+        self.trace.memslots_updated(self, gen)
+        if not gen & SPTE_GENERATION & ~(self.kind.address_spaces - 1):
+            self.roots.clear()  # kvm_mmu_invalidate_mmio_sptes(): the SPTEs' generation wraps
+        self.gens[as_id] = gen
+        yield False
+
+
+class Vcpu:
+    """struct kvm_vcpu and the guest that runs on it."""
+
+    def __init__(self, vm: Vm, number: int) -> None:
+        """Begin in L1, outside SMM, with an empty cache."""
+        self.vm, self.id, self.tid = vm, number, vm.kvm * 1000 + number
+        self.kind = vm.kind
+        self.cache = Cache()
+        self.l2 = self.nested = self.smm = self.left_l2 = False
+        self.exits = self.insns = 0
+        #: The guest's own page tables where they aren't the usual offset: gva page -> gfn, writable
+        self.tables: dict[int, tuple[int, bool]] = {}
+        vm.vcpus.append(self)
+
+    @property
+    def as_id(self) -> int:
+        """The vCPU's address space."""
+        return int(self.smm)
+
+    @property
+    def mmu_is_nested(self) -> bool:
+        """Whether L2 runs on page tables that L1 made (nested EPT, NPT)."""
+        return self.l2 and self.nested
+
+    @property
+    def direct(self) -> bool:
+        """Whether faults come with a gpa of L1."""
+        return self.kind.tdp and not self.mmu_is_nested
+
+    @property
+    def generation(self) -> int:
+        """The generation that this kernel holds the cache against."""
+        return self.vm.gens[0 if self.kind.as0_generation else self.as_id]
+
+    def find(self, gfn: int) -> Slot | None:
+        """The memslot of a gfn in the vCPU's address space."""
+        return self.vm.find(self.as_id, gfn)
+
+    # The guest's transitions.  Each ends in the host, before the next entry.
+
+    def enter(self) -> None:
+        """vcpu_enter_guest(): SRCU is not held."""
+        since = self._mark_time()
+        self.vm.preempt()
+        self._sample(self.vm.trace.entry)
+        self.vm.preempt()
+        self._doubt_if_changed(*since)
+        self.exits += 1
+        self.vm.srcu_held = True
+
+    def _sample(self, look: Callable[[Vcpu], None]) -> None:
+        """Let probes look at the cache; what is true before and after is what they may see."""
+        self.vm.truth.sample(self)
+        look(self)
+        self.vm.truth.sample(self)
+
+    def _mark_time(self) -> tuple[int, int, bool]:
+        return self.vm.steps, len(self.vm.truth.happenings), self.vm.changing
+
+    def _doubt_if_changed(self, steps: int, first: int, changing: bool) -> None:
+        if changing or self.vm.steps != steps:
+            self.vm.truth.doubt(first)
+
+    def leave(self) -> None:
+        """Exit handling is over, or goes to user space."""
+        self.vm.srcu_held = False
+        self.vm.preempt()
+
+    def enter_l2(self, nested: bool) -> None:
+        """VMRUN or VMLAUNCH; `nested`: L1 gives L2 page tables of its own making."""
+        self.enter()
+        self.l2, self.nested = True, nested and self.kind.tdp
+        self.clear_gva()
+        self.leave()
+
+    def leave_l2(self) -> None:
+        """An exit of L2 that L1 asked for."""
+        self.enter()
+        self.l2 = False
+        self.clear_gva()
+        self.leave()
+
+    def enter_smm(self) -> None:
+        """An SMI: leaves L2 first."""
+        self.enter()
+        self.left_l2, self.l2, self.smm = self.l2, False, True
+        self.clear_gva()
+        self.leave()
+
+    def leave_smm(self) -> None:
+        """RSM: back to L2 if the SMI came there."""
+        self.enter()
+        self.l2, self.smm = self.left_l2, False
+        self.clear_gva()
+        self.leave()
+
+    def clear_gva(self) -> None:
+        """vcpu_clear_mmio_info(): all that ever clears anything."""
+        self.cache = replace(self.cache, gva=0)
+
+    def idle(self) -> None:
+        """An exit that has nothing to do with memory."""
+        self.enter()
+        self.leave()
+
+    # Accesses.
+
+    def gva(self, gfn: int) -> int:
+        """Where the guest that runs now sees a page of L1's memory."""
+        return (gfn << 12) + (0 if self.smm else L2_GVA if self.l2 else L1_GVA)
+
+    def walk(self, gva: int) -> tuple[int, bool]:
+        """Walk the guest's page tables (and L1's for L2): gfn, and whether it may be written."""
+        usual = (gva - self.gva(0)) >> 12, True
+        return self.tables.get(gva >> 12, usual)
+
+    def access(self, how: How, gva: int, write: bool, fate: Fate = Fate()) -> Result:  # noqa: B008 - frozen
+        """One access of the guest, from entry to its end."""
+        since = self._mark_time()
+        self.enter()
+        if self.kind.keeps_entries and self.cache.gfn and not self.generation & IN_PROGRESS:
+            self.cache = replace(self.cache, gen=self.generation)
+        if how is How.PLAIN:
+            result = self._plain(gva, write, fate)
+        elif how is How.STD:
+            result = self._std(gva, write)
+        else:
+            result = self._emulate(gva, None, write, fate)
+            self._finish(result, gva, write)
+        self.leave()
+        self._doubt_if_changed(*since)
+        return result
+
+    def _root(self) -> dict[int, Spte]:
+        owner = -1 if self.direct else self.id
+        key = (self.as_id, self.l2, self.mmu_is_nested, owner)
+        return self.vm.roots.setdefault(key, {})
+
+    def _plain(self, gva: int, write: bool, fate: Fate) -> Result:
+        for tries in range(10):
+            gfn, writable = self.walk(gva)
+            if write and not writable:
+                return Result.FAILED  # the guest's own page fault
+            offset = gva & 0xFFF
+            if self.direct:
+                addr = gfn << 12 | offset
+            elif self.mmu_is_nested:
+                addr = L2_GPA + (gfn << 12 | offset)
+            else:
+                addr = gva
+            spte = self._root().get(addr >> 12)
+            if spte and not spte.mmio and (spte.writable or not write):
+                return Result.MEMORY
+            result = self._page_fault(addr, gva, gfn, spte, write, fate)
+            if result is not None:
+                return result
+            self.leave()
+            if tries == 2:
+                self.vm.settle()  # a guest that waits for a memslot change
+            fate = replace(fate, stale=False)
+            self.enter()
+        raise AssertionError(f"the guest gets nowhere at {gva:#x}")
+
+    def _page_fault(
+        self, addr: int, gva: int, gfn: int, spte: Spte | None, write: bool, fate: Fate
+    ) -> Result | None:
+        """kvm_mmu_page_fault(): None is "back into the guest", to try again."""
+        error = PFERR_WRITE * write
+        if spte:
+            error |= PFERR_PRESENT | PFERR_RSVD * spte.mmio
+        rsvd = bool(error & PFERR_RSVD)
+        trace = self.vm.trace
+        if not (rsvd and self.kind.intel):
+            trace.page_fault(self, addr, error)
+        if rsvd:
+            self._sample(lambda vcpu: trace.fault_entry(vcpu, addr, error))
+        else:
+            trace.fault_entry(self, addr, error)
+        self.vm.preempt()
+        ret, believed = Ret.INVALID, False
+        if rsvd:
+            ret, believed = self._handle_mmio_page_fault(addr, gfn, spte)
+        if ret is Ret.INVALID:
+            ret = self._do_page_fault(addr, gfn, spte, write, fate)
+        if ret is not Ret.EMULATE:
+            trace.fault_exit(self, 1)
+            return None
+        known = gfn << 12 | (gva & 0xFFF) if self.direct else None
+        if believed:
+            self.vm.truth.announced(self, self.cache.gfn)
+        result = self._emulate(gva, known, write, fate)
+        trace.fault_exit(self, 0 if result is Result.USERSPACE else 1)
+        self._finish(result, gva, write)
+        return result
+
+    def _handle_mmio_page_fault(self, addr: int, gfn: int, spte: Spte | None) -> tuple[Ret, bool]:
+        """What a reserved-bit fault means: M3, then the SPTE, then F2."""
+        cache = self.cache
+        if not self.mmu_is_nested and cache.gen == self.generation:
+            if self.direct and cache.gfn and cache.gfn == addr >> 12:
+                return Ret.EMULATE, True
+            if not self.direct and cache.gva and cache.gva == addr & ~0xFFF:
+                return Ret.EMULATE, True
+        if spte is None or not spte.mmio:
+            return Ret.RETRY, False
+        gen = self.vm.gens[self.as_id]
+        if gen & IN_PROGRESS:
+            return Ret.INVALID, False
+        now = gen & SPTE_GENERATION
+        self.vm.trace.check_mmio_spte(self, spte.value, now, spte.gen)
+        if spte.gen != now:
+            return Ret.INVALID, False
+        self.vm.trace.handle_mmio_page_fault(self, spte.gfn)
+        self.vm.truth.filled(self, spte.gfn, self._fill(addr, spte.gfn))
+        return Ret.EMULATE, False
+
+    def _hides(self, slot: Slot) -> bool:
+        if slot.id == SLOT_APIC:
+            return self.l2
+        hides = self.kind.hides_internal if self.l2 else self.kind.hides_from_l1
+        return slot.id in INTERNAL and hides
+
+    def _do_page_fault(
+        self, addr: int, gfn: int, spte: Spte | None, write: bool, fate: Fate
+    ) -> Ret:
+        trace, kind = self.vm.trace, self.kind
+        slot = found = self.find(gfn)
+        trace.faultin_entry(self, gfn, found)
+        self.vm.preempt()
+        pfn, ret = kind.first_pfn, Ret.CONTINUE
+        if slot is not None and slot.invalid:
+            ret = Ret.RETRY
+        elif slot is not None and slot.id == SLOT_APIC and not self.l2 and not self.vm.apicv:
+            ret = Ret.EMULATE
+        elif slot is None or self._hides(slot):
+            slot, pfn = None, PFN_NOSLOT
+        elif write and slot.readonly:
+            pfn, ret = PFN_ERROR, Ret.EMULATE  # KVM_PFN_ERR_RO_FAULT
+        elif fate.poisoned:
+            pfn, ret = PFN_ERROR, Ret.EMULATE
+        else:
+            pfn = gfn
+        trace.faultin_exit(self, gfn, pfn, ret.value)
+        self.vm.truth.resolved(self, gfn, found, pfn)
+        if ret is not Ret.CONTINUE:
+            return ret
+        writable = self.walk(addr)[1] if not (self.direct or self.mmu_is_nested) else True
+        if slot is not None:
+            trace.spte_requested(self, gfn, slot, pfn)
+            ours = Spte(gfn, mmio=False, writable=writable and not slot.readonly)
+            self._root()[addr >> 12] = ours
+            return Ret.FIXED
+        trace.noslot_entry(self, gfn)
+        self.vm.truth.filled(self, gfn, self._fill(addr, gfn), fault=True)
+        trace.noslot_exit(self, 0 if kind.mmio_caching else Ret.EMULATE.value)
+        self.vm.preempt()
+        if not kind.mmio_caching:
+            return Ret.EMULATE
+        if fate.stale:
+            self.vm.truth.retried.add((self.vm.kvm, self.id))
+            return Ret.RETRY
+        trace.spte_requested(self, gfn, None, pfn)
+        self._mark(addr, gfn, spte)
+        return Ret.EMULATE
+
+    def _mark(self, addr: int, gfn: int, old: Spte | None) -> None:
+        """Write an MMIO SPTE; the TDP MMU traces after its store, the shadow MMU before."""
+        new = Spte(gfn, mmio=True, gen=self.vm.gens[self.as_id] & SPTE_GENERATION)
+        there = old.value if old else EMPTY_SPTE
+        if self.kind.tdp and self.direct:
+            there = new.value
+        elif old and not old.mmio:
+            if self.kind.overwrites_spte:
+                self.vm.truth.overwrote(self, gfn)
+            else:
+                there = EMPTY_SPTE  # dropped first
+        self._root()[addr >> 12] = new
+        self.vm.trace.mark_mmio_spte(self, gfn, there, new.value)
+
+    def _fill(self, addr: int, gfn: int) -> bool:
+        """vcpu_cache_mmio_info(): nothing is written while memslots change."""
+        if self.generation & IN_PROGRESS:
+            return False
+        gva = 0 if self.direct or self.mmu_is_nested else addr & ~0xFFF
+        self.cache = Cache(gva, gfn, 3, self.generation)
+        return True
+
+    # The emulator.
+
+    def _std(self, gva: int, write: bool) -> Result:
+        """An instruction whose operand doesn't ask the cache."""
+        self._insn()
+        slot = self.find(self.walk(gva)[0])
+        bad = slot is None or slot.invalid or (write and slot.readonly)
+        return Result.FAILED if bad else Result.MEMORY
+
+    def _insn(self) -> None:
+        self._sample(self.vm.trace.emulate_insn)
+        self.insns += 1
+        self.vm.preempt()
+
+    def _emulate(self, gva: int, gpa: int | None, write: bool, fate: Fate) -> Result:
+        """x86_emulate_instruction() of a load or store; `gpa`: known from the fault."""
+        self._insn()
+        truth, trace, cache = self.vm.truth, self.vm.trace, self.cache
+        mmio = False
+        live = cache.gen == self.generation
+        if gpa is None:
+            if live and cache.gva and cache.gva == gva & ~0xFFF:  # M2
+                gpa, mmio = cache.gfn << 12 | (gva & 0xFFF), True
+                truth.believed(self, cache.gfn)
+                trace.match(self, gva, gpa, write, False)
+            else:
+                gpa = self.walk(gva)[0] << 12 | (gva & 0xFFF)
+        gfn = gpa >> 12
+        if not mmio and gfn == APIC_GFN:
+            mmio = True
+        elif not mmio and live and cache.gfn and cache.gfn == gfn:  # M1
+            mmio = True
+            truth.believed(self, gfn)
+            trace.match(self, gva, gpa, write, True)
+        if not mmio:
+            slot = self.find(gfn)
+            if slot and not slot.invalid and not (write and slot.readonly) and not fate.poisoned:
+                return Result.MEMORY
+        self.vm.preempt()
+        in_kernel = fate.device or gfn == APIC_GFN
+        truth.emulated(self, gfn, mmio, write)
+        trace.mmio(self, 2 if write else 1 if in_kernel else 0, 4, gpa)
+        return Result.DEVICE if in_kernel else Result.USERSPACE
+
+    def _finish(self, result: Result, gva: int, write: bool) -> None:
+        """User space answers what was left to it."""
+        if result is not Result.USERSPACE:
+            return
+        self.vm.srcu_held = False
+        self.vm.trace.userspace_exit(self, EXIT_MMIO)
+        self.vm.preempt()
+        self.vm.srcu_held = True
+        if not write:
+            self.vm.trace.mmio(self, 1, 4, gva)

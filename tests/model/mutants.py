@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: MIT
+"""Mutants of rules and detector, made by machine: does the suite notice each?
+
+    python -m tests.model.mutants --jobs 2 [--only steps.py] [--every 10]
+
+Each mutant is one change of one comparison, boolean operator, bit operator or constant in a function
+of `FILES`; each runs in a copy of the tree, never compiled.  A line a mutant: killed or SURVIVED.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).parents[2]
+#: What mutants are made of.
+FILES = (
+    "analysis/detector.py",
+    "analysis/steps.py",
+    *(f"analysis/rules/{p.name}" for p in sorted((ROOT / "analysis/rules").glob("*.py"))
+      if p.name != "reference.py"),
+)  # fmt: skip
+#: The suite, the quick part first: the second stage runs only for what the first didn't notice.
+STAGES = (
+    ("tests/unit/test_rules.py", "tests/unit/test_detector.py", "tests/model/test_model_tables.py"),
+    ("tests/unit/test_detector_candidates.py", "tests/unit/test_verdict.py",
+     "tests/unit/test_rules_golden.py", "tests/model/test_model_runs.py"),
+)  # fmt: skip
+RUNS = "240"  #: random runs of the model a mutant must survive
+TIME_LIMIT = 300  #: seconds; a mutant that hangs is noticed
+
+_COMPARE: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
+    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,),
+    ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
+    ast.In: (ast.NotIn,), ast.NotIn: (ast.In,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,),
+}  # fmt: skip
+_BITS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.BitXor: ast.BitOr,
+    ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.Add: ast.Sub, ast.Sub: ast.Add,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed file."""
+
+    file: str
+    line: int
+    before: str
+    after: str
+    source: str
+
+    def __str__(self) -> str:
+        """Name it: file, line, and what was changed."""
+        return f"{self.file}:{self.line}: {self.before}  ->  {self.after}"
+
+
+def _changes(node: ast.AST) -> Iterator[ast.AST]:
+    """Make every changed form of one node."""
+    if isinstance(node, ast.Compare):
+        for i, op in enumerate(node.ops):
+            for other in _COMPARE[type(op)]:
+                changed = copy.deepcopy(node)
+                changed.ops[i] = other()
+                yield changed
+    elif isinstance(node, ast.BoolOp):
+        changed_bool = copy.deepcopy(node)
+        changed_bool.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+        yield changed_bool
+        for i in range(len(node.values)):
+            left = [copy.deepcopy(v) for n, v in enumerate(node.values) if n != i]
+            yield left[0] if len(left) == 1 else ast.BoolOp(node.op, left)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield copy.deepcopy(node.operand)
+    elif isinstance(node, ast.BinOp) and type(node.op) in _BITS:
+        changed_bits = copy.deepcopy(node)
+        changed_bits.op = _BITS[type(node.op)]()
+        yield changed_bits
+    elif isinstance(node, ast.AugAssign) and type(node.op) in _BITS:
+        changed_augmented = copy.deepcopy(node)
+        changed_augmented.op = _BITS[type(node.op)]()
+        yield changed_augmented
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        yield ast.Constant(node.value + 1)
+
+
+class _Replace(ast.NodeTransformer):
+    def __init__(self, target: ast.AST, changed: ast.AST) -> None:
+        self.target, self.changed = target, changed
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return self.changed if node is self.target else self.generic_visit(node)
+
+
+def _in_functions(tree: ast.Module) -> Iterator[ast.AST]:
+    """Every node of a function's body, annotations and defaults left out, each once."""
+    seen: set[int] = set()
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            for statement in function.body:
+                for node in ast.walk(statement):
+                    if id(node) not in seen:
+                        seen.add(id(node))
+                        yield node
+
+
+def mutants(file: str, text: str) -> Iterator[Mutant]:
+    """Make every mutant of one file."""
+    tree = ast.parse(text)
+    for node in _in_functions(tree):
+        for changed in _changes(node):
+            new = _Replace(node, changed).visit(copy.copy(_parse_again(tree, node)))
+            line = getattr(node, "lineno", 0)
+            yield Mutant(file, line, ast.unparse(node), ast.unparse(changed), ast.unparse(new))
+
+
+def _parse_again(tree: ast.Module, node: ast.AST) -> ast.Module:
+    """Copy the tree along the way to `node`, which itself stays the same object."""
+    memo = {id(node): node}
+    return copy.deepcopy(tree, memo)
+
+
+def make_copy(place: Path) -> Path:
+    """Copy what the suite needs into `place`."""
+    for name in ("analysis", "probes", "kvmprobe", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "lab", "live", "bench", "packaging")
+        shutil.copytree(ROOT / name, place / name, symlinks=True, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", place)
+    return place
+
+
+def noticed(place: Path, mutant: Mutant | None) -> str | None:
+    """Run the suite on a mutant in a copy; return what noticed it, or None."""
+    environment = os.environ | {
+        "KVMPROBE_NO_JIT": "1", "KVMPROBE_MODEL_RUNS": RUNS, "KVMPROBE_MODEL_MUTANTS": "0",
+        "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(place),
+    }  # fmt: skip
+    target = place / mutant.file if mutant else None
+    original = target.read_text(encoding="utf-8") if target else ""
+    if target and mutant:
+        target.write_text(mutant.source, encoding="utf-8")
+    try:
+        for stage in STAGES:
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *stage]
+            try:
+                run = subprocess.run(
+                    command, cwd=place, env=environment, capture_output=True, text=True,
+                    timeout=TIME_LIMIT,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                return "it hangs"
+            if run.returncode:
+                told = [ln for ln in run.stdout.splitlines() if ln.startswith(("FAILED", "ERROR"))]
+                return told[0] if told else f"pytest ended with {run.returncode}"
+    finally:
+        if target:
+            target.write_text(original, encoding="utf-8")
+    return None
+
+
+def run_all(wanted: list[Mutant], jobs: int) -> list[Mutant]:
+    """Try mutants, print a line each, and return the survivors."""
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="kvmprobe-mutants-") as base:
+        places: SimpleQueue[Path] = SimpleQueue()
+        for n in range(jobs):
+            places.put(make_copy(Path(base) / str(n)))
+
+        def judge(mutant: Mutant) -> tuple[Mutant, str | None]:
+            place = places.get()
+            try:
+                return mutant, noticed(place, mutant)
+            finally:
+                places.put(place)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            for mutant, by in pool.map(judge, wanted):
+                print(f"{'killed' if by else 'SURVIVED'}  {mutant}", flush=True)
+                if by is None:
+                    survivors.append(mutant)
+    return survivors
+
+
+def main() -> int:
+    """Make and try mutants; 1 if any survived."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="", help="files whose name contains this")
+    parser.add_argument("--every", type=int, default=1, help="only each N-th mutant")
+    parser.add_argument("--list", action="store_true", help="list the mutants, try none")
+    args = parser.parse_args()
+    wanted = [
+        mutant
+        for file in FILES
+        if args.only in file
+        for mutant in mutants(file, (ROOT / file).read_text(encoding="utf-8"))
+    ][:: args.every]
+    if args.list:
+        print(*wanted, sep="\n")
+        return 0
+    survivors = run_all(wanted, args.jobs)
+    print(f"{len(wanted)} mutants, {len(wanted) - len(survivors)} killed, {len(survivors)} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

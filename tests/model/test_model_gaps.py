@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""Known gaps: streams that the model made, of which rules or probes say too much or too little.
+
+Each is an expected failure; when it is closed the test passes, which fails here, and its name goes
+from `check.gap` and from docs/proof.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from kvmprobe.probes.schema import SLOT_TSS
+from tests.model.check import say
+from tests.model.kernel import Change, Fate, How, Result, Slot
+from tests.model.probes import Probes
+from tests.model.test_model_tables import K6_1_192, K6_12_107, K6_12_117, Rig, X
+
+TSS, ROOM = 0xFFFBD, Slot(0, 0x100, 0x100)
+
+
+def findings(rig: Rig) -> list[str]:
+    rig.vcpu.idle()
+    return [f.rule.id for f in say(rig.run, rig.probes.finish()).findings]
+
+
+def tss(as_id: int) -> Change:
+    return Change(as_id, None, Slot(SLOT_TSS, TSS, 3))
+
+
+@pytest.mark.xfail(reason="introduce() doesn't say SMM_SEEN of a vCPU that is in SMM")
+def test_first_sight_in_smm() -> None:
+    """The legacy window is MMIO outside SMM and memory in SMM; the recording begins in an SMI."""
+    probes = Probes(start=1 << 30)
+    rig = Rig(K6_12_117, (0, ROOM), (1, ROOM), (1, Slot(1, X >> 12, 16)), probes=probes)
+    rig.do(How.PLAIN, X, False)
+    rig.vcpu.enter_smm()
+    probes.start = 0
+    assert findings(rig) == []
+
+
+@pytest.mark.xfail(reason="a FILL convicts whatever its generation")
+@pytest.mark.parametrize("l2", [False, True])
+def test_late_fill(l2: bool) -> None:
+    """Tracepoints only: a hole's fill is seen at the next entry, and the TSS lies there by then."""
+    rig = Rig(replace(K6_12_117, address_spaces=1), (0, ROOM), probes=Probes(functions=False))
+    rig.vcpu.l2 = l2
+    rig.vm.begin(tss(0))
+    rig.vm.race, rig.vm.race_steps = 6, 2  # between the retried fault and the next entry
+    rig.vcpu.access(How.PLAIN, rig.vcpu.gva(TSS), False, Fate(stale=True))
+    assert rig.vm.find(0, TSS)
+    assert findings(rig) == []
+
+
+@pytest.mark.xfail(reason="rules of the internal-slot fault don't ask whether SMM explains the entry")
+def test_internal_slot_by_smm() -> None:
+    """KVM makes its slot in one address space after the other; in between SMM fills the cache."""
+    rig = Rig(K6_12_107, (0, ROOM), (1, ROOM))
+    rig.change(tss(0))
+    rig.vcpu.enter_smm()
+    assert rig.do(How.PLAIN, TSS << 12, False) is Result.USERSPACE
+    rig.change(tss(1))
+    assert rig.do(How.STRING, TSS << 12, False) is Result.USERSPACE
+    said = say(rig.run, rig.probes.finish())
+    assert [f.rule.id for f in said.findings if f.rule.fault == "internal-slot"] == []
+
+
+@pytest.mark.xfail(reason="a belief in SMM is told of without asking which generation KVM compares")
+def test_belief_in_smm_on_a_kernel_without_the_smm_fault() -> None:
+    """L2's entry is dead in SMM: the reserved-bit fault of L1 is answered with memory."""
+    rig = Rig(K6_1_192, (0, ROOM), (1, ROOM))
+    rig.vcpu.enter_smm()
+    rig.do(How.PLAIN, TSS << 12, False)  # a hole: an MMIO SPTE in SMM's tables
+    rig.vcpu.leave_smm()
+    rig.change(tss(0), tss(1))
+    rig.vcpu.enter_l2(nested=False)
+    rig.do(How.PLAIN, TSS << 12, False)
+    rig.vcpu.enter_smm()
+    assert rig.do(How.PLAIN, TSS << 12, False) is Result.MEMORY
+    assert "internal-slot-hit" not in findings(rig)
+
+
+@pytest.mark.xfail(reason="a sample without news doesn't note that the vCPU was looked at")
+def test_fill_found_by_difference_after_quiet_samples() -> None:
+    """Tracepoints only, mmio_caching=0: the level of the fill is known, as entries were sampled."""
+    rig = Rig(replace(K6_1_192, mmio_caching=False), (0, ROOM), (1, ROOM),
+              probes=Probes(functions=False))  # fmt: skip
+    rig.change(tss(0), tss(1))
+    rig.vcpu.idle()
+    rig.vcpu.enter_l2(nested=False)
+    rig.vcpu.idle()
+    rig.do(How.PLAIN, TSS << 12, False)
+    assert "internal-slot-fill" in findings(rig)

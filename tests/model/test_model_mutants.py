@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+"""The suite notices mutants: a few fixed ones here, all of them with `tests.model.mutants`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.model.mutants import FILES, ROOT, make_copy, mutants, noticed
+
+#: (file, what stands there, what the mutant says instead)
+FIXED = (
+    ("analysis/rules/model.py", "e.slot >= 0", "e.slot < 0"),
+    ("analysis/rules/model.py", "e.gfn != _NONE", "e.gfn == _NONE"),
+    ("analysis/rules/internal_slot_hit.py", "code == CONVICTS", "code != CONVICTS"),
+    ("analysis/steps.py", "kind == _VM_GONE", "kind != _VM_GONE"),
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if os.environ.get("KVMPROBE_MODEL_MUTANTS") == "0":
+        pytest.skip("this is a mutant's own run")
+    return make_copy(tmp_path_factory.mktemp("mutants"))
+
+
+@pytest.mark.parametrize(("file", "before", "after"), FIXED)
+def test_suite_notices(place: Path, file: str, before: str, after: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    found = [m for m in mutants(file, text) if (m.before, m.after) == (before, after)]
+    assert found, f"{before} isn't in {file} any more: choose another mutant"
+    assert noticed(place, found[0]) is not None
+
+
+def test_every_file_has_mutants_that_parse() -> None:
+    for file in FILES:
+        for mutant in mutants(file, (ROOT / file).read_text(encoding="utf-8")):
+            assert mutant.before != mutant.after
+            compile(mutant.source, file, "exec")
