@@ -13,7 +13,7 @@ CAPTURE := tests/data/golden/intel-6.1-tss.kvmprobe
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint types unit live packaging coverage bench lock \
+.PHONY: help setup demo test check lint types unit live packaging lab coverage bench lock \
 	install uninstall clean
 
 help: ## Show this list
@@ -45,6 +45,13 @@ live: setup ## Run the tests that record this machine's KVM (as root: asks sudo)
 
 packaging: setup ## Build sdist and wheel and try the wheel outside the checkout
 	@tools/stage packaging $(RUN) pytest -rfEs tests/packaging
+
+lab: setup ## Find the fault on real kernels in emulators; KERNEL= VENDOR= SCENARIO= BACKEND= JOBS=
+	@tools/stage lab tools/lab $(foreach kernel,$(KERNEL),--kernel $(kernel)) \
+		$(foreach vendor,$(VENDOR),--vendor $(vendor)) \
+		$(foreach scenario,$(SCENARIO),--scenario $(scenario)) \
+		$(foreach backend,$(BACKEND),--backend $(backend)) $(if $(JOBS),--jobs $(JOBS)) \
+		$(if $(RESULTS),--results $(RESULTS))
 
 coverage: setup ## Run the unit tests and show which lines they leave out
 	@$(RUN) pytest --cov tests/unit

@@ -270,6 +270,14 @@ class Machine:
         address = struct.pack("Q", gpa)
         kvm.call(self._fd, kvm.SET_IDENTITY_MAP_ADDR, address, "set the identity map address")
 
+    def create_irqchip(self) -> None:
+        """Have KVM emulate the interrupt controllers; before the first vCPU.
+
+        kvm_intel then makes its memslot for the APIC access page, where the processor virtualizes
+        APIC accesses.  HLT no longer comes back from `Vcpu.run`.
+        """
+        kvm.call(self._fd, kvm.CREATE_IRQCHIP, 0, "create the interrupt controllers")
+
     def add_slot(self, slot: int, gpa: int, size: int, flags: int = 0) -> Slot:
         """Create a memslot of `size` bytes of fresh zeroed memory at `gpa` (both whole pages)."""
         new = Slot(self._fd, slot, gpa, size, flags)

@@ -3,15 +3,16 @@
 
 import hashlib
 import json
+import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.lab.base import (
-    CHECKOUT,
     LabError,
     MissingError,
     cache_dir,
@@ -24,15 +25,26 @@ from tests.lab.helper import get_helper
 from tests.lab.kernels import Kernel, get_kernel, parse_spec
 from tests.lab.qemu import qemu_command
 from tests.lab.rootfs import get_root
-from tests.lab.scenarios import SCENARIOS, UNCLASSIFIED, Listed, Scenario, listed_kernels
-from tests.lab.vm import ROOMS, Emulator, Job, run_job
+from tests.lab.scenarios import (
+    FAULT,
+    NOT_EXERCISED,
+    SCENARIOS,
+    UNCLASSIFIED,
+    Listed,
+    Scenario,
+    listed_kernels,
+)
+from tests.lab.vm import ROOMS, Emulator, Job, run_job, show_tail, stop_emulators
 
 EMULATORS: dict[str, Emulator] = {"amd": qemu_command, "intel": bochs_command}
 #: "default" leaves the choice to kvmprobe; the others are forced by --backend.
 BACKENDS = ("default", "kprobe", "fentry", "tracepoint")
+#: Kernel options of a second boot, where a boot takes seconds.
+NO_CACHING = "kvm.mmio_caching=0"
 _MEMORY = {"amd": 2048, "intel": 1024}
-# A scenario's recording starts in 20 to 100 s of a quiet machine's time, most of it BCC's compiler.
-_LIMIT_PER_BOOT, _LIMIT_PER_SCENARIO = 600.0, 600.0
+# A quiet machine needs 1 min in QEMU and 8 in Bochs, most of it for BCC's compiler.
+_LIMIT = {"amd": 600.0, "intel": 2400.0}
+_LAB = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -59,12 +71,62 @@ class Target:
     spec: str
     listed: Listed | None
 
+    @property
+    def classified(self) -> str:
+        return self.listed.internal_slot if self.listed else UNCLASSIFIED
+
+
+@dataclass(frozen=True)
+class Boot:
+    """One boot: the scenarios that a kernel, vendor and backend runs, with the kernel's options."""
+
+    target: Target
+    kernel: Kernel
+    vendor: str
+    backend: str
+    options: str
+    scenarios: tuple[Scenario, ...]
+
+    @property
+    def folder(self) -> str:
+        words = [self.kernel.package_version, self.vendor, self.backend, self.options]
+        return "-".join(word for word in words if word)
+
+    @property
+    def recordings(self) -> dict[str, list[Scenario]]:
+        """The scenarios of each recording: "main", and one for each that is recorded late."""
+        found: dict[str, list[Scenario]] = {}
+        for scenario in self.scenarios:
+            found.setdefault(scenario.name if scenario.seen_late else "main", []).append(scenario)
+        return found
+
+    def script(self) -> str:
+        """Return what the VM runs."""
+        forced = "" if self.backend == "default" else f" --backend {self.backend}"
+        record = f"kvmprobe record{forced}"
+        lines = ["export PYTHONPATH=/opt/kvmprobe"]
+        for name, scenarios in self.recordings.items():
+            vms = "".join(scenario.script(self.vendor) for scenario in scenarios)
+            lines += [f"cat >/tmp/{name}.sh <<'END'\n{vms}END"]
+            if name == "main":
+                lines += [f"{record} -o /out/{name}.kvmprobe -- sh /tmp/{name}.sh"]
+            else:
+                watch = "touch /tmp/go; until [ -e /tmp/over ]; do sleep 0.2; done"
+                lines += [
+                    f"{{ sh /tmp/{name}.sh; touch /tmp/over; }} &",
+                    "until [ -e /tmp/ready ]; do sleep 0.2; done",
+                    f"{record} -o /out/{name}.kvmprobe -- sh -c '{watch}'",
+                    "wait",
+                ]
+            lines += [f"kvmprobe analyze --json /out/{name}.kvmprobe >/out/{name}.json"]
+        return "\n".join(lines)
+
 
 def choose_kernels(names: Sequence[str]) -> tuple[list[Target], list[str]]:
     """Return the kernels to run on and a line about each that is unclassified or gone.
 
     Of every name in kernels.toml it is the newest that the mirror still has; a name that is not
-    in kernels.toml is taken as a kernel's specification.
+    in kernels.toml is taken as a kernel's specification.  MissingError when the mirror has none.
     """
     listed = listed_kernels()
     targets, remarks = [], []
@@ -83,36 +145,29 @@ def choose_kernels(names: Sequence[str]) -> tuple[list[Target], list[str]]:
                 remarks.append(f"{name}: no listed kernel is on the mirror any more")
             else:
                 targets.append(Target(name, None))
+    if not targets:
+        raise MissingError(f"no kernel to run: {'; '.join(remarks)}")
     return targets, remarks
 
 
-def run_matrix(
-    targets: Iterable[Target],
+def plan_boots(
+    targets: Sequence[Target],
     vendors: Sequence[str],
     backends: Sequence[str],
     scenarios: Sequence[Scenario],
-    results: Path,
-) -> Iterable[Cell]:
-    """Run it, one boot per kernel, vendor and backend; yield the cells as they come.
-
-    A boot whose code, kernel and scenarios are those of an earlier one isn't repeated: so a matrix
-    that was broken off goes on where it was.
-    """
+) -> list[Boot]:
+    """Return the boots in which all of it is run."""
+    boots = []
     for target in targets:
         kernel = get_kernel(target.spec)
         for vendor in vendors:
-            wanted = [each for each in scenarios if _is_possible(each, vendor, target.listed)]
-            for backend in backends:
-                if not wanted:
-                    continue
-                folder = results / f"{kernel.package_version}-{vendor}-{backend}"
-                problem = None
-                try:
-                    _run_boot(target, kernel, vendor, backend, wanted, folder)
-                except LabError as error:
-                    problem = str(error)
-                for scenario in wanted:
-                    yield _judge(target, kernel, vendor, backend, scenario, folder, problem)
+            wanted = tuple(each for each in scenarios if _is_possible(each, vendor, target.listed))
+            if not wanted:
+                continue
+            boots += [Boot(target, kernel, vendor, backend, "", wanted) for backend in backends]
+            if vendor == "amd" and "default" in backends:
+                boots.append(Boot(target, kernel, vendor, "default", NO_CACHING, wanted))
+    return boots
 
 
 def _is_possible(scenario: Scenario, vendor: str, listed: Listed | None) -> bool:
@@ -122,91 +177,166 @@ def _is_possible(scenario: Scenario, vendor: str, listed: Listed | None) -> bool
     return vendor in scenario.vendors
 
 
-def _run_boot(
-    target: Target,
-    kernel: Kernel,
-    vendor: str,
-    backend: str,
-    scenarios: Sequence[Scenario],
-    folder: Path,
-) -> None:
-    release = parse_spec(target.spec)[0]
-    extra = {"nested": Path(__file__).with_name("nested")}
-    if vendor == "amd" and any(scenario.internal for scenario in scenarios):
-        extra["lab_slot.ko"] = get_helper(kernel, release)
-    root = get_root(release)
-    command = "export PYTHONPATH=/opt/kvmprobe\n"
-    command += "\n".join(_record(scenario, vendor, backend) for scenario in scenarios)
-    key = content_key(kernel.folder.name, root.name, vendor, command, _code_hash())
-    kept = cache_dir() / "results" / key
-    if not kept.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        limit = _LIMIT_PER_BOOT + _LIMIT_PER_SCENARIO * len(scenarios)
-        memory = _MEMORY[vendor]
-        job = Job(kernel, root, vendor, command, extra=extra, memory=memory, limit=limit)
-        say(f"booting {kernel.release} on {vendor} for {len(scenarios)} scenarios, {backend}")
-        outcome = run_job(job, EMULATORS[vendor], folder)
-        say(f"done after {outcome.seconds:.0f} s")
-        kept.parent.mkdir(exist_ok=True)
-        shutil.copytree(folder, kept)
-    elif not folder.exists():
-        shutil.copytree(kept, folder)
+def run_boots(boots: Sequence[Boot], results: Path, code: Path, jobs: int) -> Iterator[Cell]:
+    """Run the boots, `jobs` at a time; yield the cells of each as it is done.
+
+    A boot whose code, kernel and scenarios are those of an earlier one isn't repeated: so a matrix
+    that was broken off goes on where it was.  MissingError when something isn't to be had here.
+    """
+    # What they share is made one after the other, before anything is waited for in parallel.
+    prepared = [_prepare(boot, code) for boot in boots]
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = [
+            pool.submit(_run_boot, boot, job, results / boot.folder)
+            for boot, job in zip(boots, prepared, strict=True)
+        ]
+        try:
+            for boot, run in zip(boots, runs, strict=True):
+                yield from _judge(boot, results / boot.folder, code, run.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop_emulators()
+            raise
 
 
-def _record(scenario: Scenario, vendor: str, backend: str) -> str:
-    capture = f"/out/{scenario.name}.kvmprobe"
-    force = "" if backend == "default" else f"--backend {backend} "
-    return (
-        f"echo '# {scenario.name}'\n"
-        f"kvmprobe record {force}-o {capture} -- {scenario.command(vendor)}\n"
-        f"kvmprobe analyze --json {capture} >/out/{scenario.name}.json\n"
+def _prepare(boot: Boot, code: Path) -> Job:
+    release = parse_spec(boot.target.spec)[0]
+    extra = {"nested": _LAB / "nested"}
+    if boot.vendor == "amd" and any(scenario.internal for scenario in boot.scenarios):
+        extra["lab_slot.ko"] = get_helper(boot.kernel, release)
+    return Job(
+        boot.kernel,
+        get_root(release),
+        boot.vendor,
+        boot.script(),
+        code=code,
+        extra=extra,
+        kernel_options=("kvm.force_emulation_prefix=1", *boot.options.split()),
+        memory=_MEMORY[boot.vendor],
+        limit=_LIMIT[boot.vendor],
     )
 
 
-def _code_hash() -> str:
-    """Return a hash of all that goes into a VM from the checkout."""
+def _run_boot(boot: Boot, job: Job, folder: Path) -> str | None:
+    """Run it, or take what an earlier run of the same left; return what went wrong, if anything."""
+    what = [boot.kernel.folder.name, job.root.name, boot.vendor, job.kernel_options, job.command]
+    kept = cache_dir() / "results" / content_key(*what, _hash_code(job))
+    name = f"{boot.kernel.package_version} {boot.vendor} {boot.backend} {boot.options}".rstrip()
+    if kept.exists():
+        if not folder.exists():
+            shutil.copytree(kept, folder)
+        return None
+    shutil.rmtree(folder, ignore_errors=True)
+    say(f"booting {name}: {len(boot.scenarios)} scenarios")
+    try:
+        outcome = run_job(job, EMULATORS[boot.vendor], folder)
+    except LabError as error:
+        if (folder / "serial.log").exists():
+            show_tail(folder / "serial.log")
+        return str(error)
+    say(f"done after {outcome.seconds:.0f} s: {name}")
+    kept.parent.mkdir(exist_ok=True)
+    shutil.copytree(folder, kept)
+    return None
+
+
+def _hash_code(job: Job) -> str:
+    """Return a hash of all that goes into the VM from checkouts."""
     digest = hashlib.sha256()
-    for room in (*ROOMS, "tests/lab"):
-        for path in sorted((CHECKOUT / room).rglob("*")):
+    rooms = [job.code / room for room in ROOMS]
+    for room in [*rooms, _LAB / "nested", _LAB / "slot", _LAB / "init.sh"]:
+        for path in sorted([room, *room.rglob("*")]):
             if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(str(path.relative_to(CHECKOUT)).encode() + path.read_bytes())
+                digest.update(str(path.relative_to(room.parent)).encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def _judge(
-    target: Target,
-    kernel: Kernel,
-    vendor: str,
-    backend: str,
-    scenario: Scenario,
-    folder: Path,
-    problem: str | None,
-) -> Cell:
+def _judge(boot: Boot, folder: Path, code: Path, problem: str | None) -> Iterator[Cell]:
     """Compare the analysis made in the VM, and one made here, with what is known of the kernel."""
-    name = kernel.package_version
-    document = folder / "out" / f"{scenario.name}.json"
-    expected = found = ""
-    if problem is None:
+
+    def cell(scenario: str, expected: str, found: str, problem: str | None = None) -> Cell:
+        if boot.target.classified == UNCLASSIFIED and problem is None:
+            expected = UNCLASSIFIED
+        name = f"{scenario} {boot.options}".rstrip()
+        version = boot.kernel.package_version
+        return Cell(version, boot.vendor, name, boot.backend, expected, found, problem)
+
+    for recording, scenarios in boot.recordings.items():
         try:
-            inside = json.loads(document.read_text())
-            outside = _analyze(document.with_suffix(".kvmprobe"))
-        except (OSError, ValueError, LabError) as error:
-            problem = f"no analysis: {error}"
-        else:
-            classified = target.listed.internal_slot if target.listed else UNCLASSIFIED
-            expected, found = scenario.check(inside, classified)
-            if scenario.check(outside, classified)[1] != found:
-                problem = "the analysis inside the VM and that outside differ"
-            elif classified == UNCLASSIFIED:
-                expected = UNCLASSIFIED
-    return Cell(name, vendor, scenario.name, backend, expected, found, problem)
+            if problem:
+                raise LabError(problem)
+            result = read_result(folder, recording, [v for s in scenarios for v in s.vms], code)
+        except LabError as error:
+            for scenario in scenarios:
+                yield cell(scenario.name, "", "", str(error))
+            continue
+        classified = boot.target.classified
+        for scenario in scenarios:
+            for vm in scenario.vms:
+                findings = result.findings(vm)
+                checked = scenario.check(
+                    findings, vm, boot.vendor, classified, caching=boot.options != NO_CACHING
+                )
+                yield cell(vm, *checked)
+        said = {scenario.verdict(classified) for scenario in scenarios} - {NOT_EXERCISED}
+        expected = f"verdict {next(iter(said), NOT_EXERCISED)}"
+        yield cell(f"({recording})", expected, f"verdict {result.verdict}")
 
 
-def _analyze(capture: Path) -> dict[str, Any]:
-    """Analyze a capture with the checkout's kvmprobe; LabError when that fails."""
+@dataclass(frozen=True)
+class Result:
+    """A recording's analysis, and the process of every VM in it."""
+
+    document: dict[str, Any]
+    pids: dict[str, int]
+
+    @property
+    def verdict(self) -> str:
+        return str(self.document["verdicts"][FAULT]["verdict"])
+
+    def findings(self, vm: str) -> list[dict[str, Any]]:
+        """Return the findings in one VM."""
+        pid = self.pids[vm]
+        return [each for each in self.document["findings"] if each["vm"]["pid"] == pid]
+
+
+def read_result(folder: Path, recording: str, vms: Sequence[str], code: Path) -> Result:
+    """Read what a boot left.
+
+    Raises LabError when a VM did not run to its end or is not in the capture, when a finding is in
+    none of the VMs, or when the analysis made in the emulator and one made here differ.
+    """
+    output = (folder / "output").read_text(errors="replace")
+    pids = {name: int(pid) for name, pid in re.findall(r"^vm (\S+) (\d+)\r?$", output, re.M)}
+    failed = re.findall(r"^failed (\S+)", output, re.M)
+    broken = [vm for vm in vms if vm not in pids or vm in failed]
+    if broken:
+        raise LabError(f"did not run: {', '.join(broken)}; see {folder / 'output'}")
+    capture = folder / "out" / f"{recording}.kvmprobe"
+    try:
+        inside = json.loads(capture.with_suffix(".json").read_text())
+        outside = run_kvmprobe(code, "analyze", "--json", str(capture.resolve()))
+        seen = run_kvmprobe(code, "info", "--json", str(capture.resolve()))["vms"]
+    except (OSError, ValueError, LabError) as error:
+        raise LabError(f"no analysis: {error}") from None
+    for part in ("findings", "verdicts"):
+        if inside[part] != outside[part]:
+            raise LabError(f"{part} differ between the analysis in the VM and that outside")
+    if seen != len(vms):
+        raise LabError(f"{seen} VMs are in the capture, not {len(vms)}")
+    mine = {pids[vm] for vm in vms}
+    others = [each["rule"] for each in outside["findings"] if each["vm"]["pid"] not in mine]
+    if others:
+        raise LabError(f"findings in no VM of the scenarios: {', '.join(others)}")
+    return Result(outside, pids)
+
+
+def run_kvmprobe(code: Path, *words: str) -> dict[str, Any]:
+    """Run a checkout's kvmprobe and return the JSON it prints; LabError when it fails."""
     program = "import sys; from kvmprobe.cli.main import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, "analyze", "--json", str(capture.resolve())]
-    document: dict[str, Any] = json.loads(run_program(command, cwd=CHECKOUT))
+    document: dict[str, Any] = json.loads(
+        run_program([sys.executable, "-c", program, *words], cwd=code)
+    )
     return document
 
 

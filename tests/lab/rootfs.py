@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Root disks: one Debian release with BCC, Python and kvmprobe's dependencies, and no headers."""
 
+import contextlib
 import os
 import re
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 
@@ -129,12 +131,11 @@ def _install_dependencies(tree: Path, wheels: Path, python: str, requirements: l
 
 
 def _pip() -> list[str]:
-    python = find_program("python3", "python3")
-    try:
-        run_program([python, "-m", "pip", "--version"])
-    except LabError:
-        raise MissingError("pip is not installed; apt-get install python3-pip") from None
-    return [python, "-m", "pip"]
+    for python in (sys.executable, find_program("python3", "python3")):
+        with contextlib.suppress(LabError):
+            run_program([python, "-m", "pip", "--version"])
+            return [python, "-m", "pip"]
+    raise MissingError("pip is not installed; apt-get install python3-pip")
 
 
 def _trim(tree: Path) -> None:

@@ -12,7 +12,7 @@ from tests.lab.matrix import Cell, render, select_scenarios
 from tests.lab.mirror import Mirror, parse_uris
 from tests.lab.packages import _parse_depends
 from tests.lab.rootfs import make_disk
-from tests.lab.scenarios import FIXED, SCENARIOS, VULNERABLE, listed_kernels
+from tests.lab.scenarios import FIXED, NOT_EXERCISED, SCENARIOS, VULNERABLE, listed_kernels
 
 URIS = """\
 'https://packages.example.com/apt/dists/cloud-bookworm/InRelease' cloud_InRelease 0
@@ -107,24 +107,53 @@ def test_a_disk_goes_in_and_comes_out(tmp_path: Path) -> None:
     assert (results / "out" / "deep" / "file").read_bytes() == b"result"
 
 
+def finding(rule: str, level: str, count: int = 1, **fields: object) -> dict[str, object]:
+    known = {"rule": rule, "level": level, "count": count, "severity": "warning"}
+    return (
+        known | {"fault": "internal-slot", "gpa": "0xfffbd000", "slot": 32764, "vcpu": 0} | fields
+    )
+
+
 def test_scenarios_tell_right_from_wrong() -> None:
     (tss,) = select_scenarios(["tss-shadow"])
 
-    def document(verdict: str, *rules: str) -> dict[str, object]:
-        return {
-            "verdicts": {"internal-slot": {"verdict": verdict}},
-            "findings": [{"rule": rule} for rule in rules],
-        }
+    def right(classified: str, *findings: dict[str, object]) -> bool:
+        expected, found = tss.check(findings, "tss-shadow", "intel", classified)
+        return expected == found
 
-    fault = document("vulnerable", "internal-slot-fill", "internal-slot-hit", "internal-slot-armed")
-    clean = document("fixed")
-    assert len(set(tss.check(fault, VULNERABLE))) == 1
-    assert len(set(tss.check(clean, FIXED))) == 1
-    assert len(set(tss.check(clean, VULNERABLE))) == 2
-    assert len(set(tss.check(fault, FIXED))) == 2
-    assert len(set(tss.check(document("fixed", "internal-slot-armed"), FIXED))) == 2
+    fill, hit = finding("internal-slot-fill", "L2"), finding("internal-slot-hit", "L1", 2)
+    armed = finding("internal-slot-armed", "L1")
+    assert right(VULNERABLE, fill, hit)
+    assert right(VULNERABLE, hit, armed, fill)
+    assert right(FIXED)
+    assert right(FIXED, finding("other", "L1", severity="info", fault="other"))
+    assert not right(VULNERABLE)
+    assert not right(VULNERABLE, fill)
+    assert not right(VULNERABLE, fill, hit, finding("other", "L1"))
+    assert not right(VULNERABLE, fill, finding("internal-slot-hit", "L1", 3))
+    for wrong in ({"vcpu": 1}, {"slot": 3}, {"gpa": "0xfffbc000"}, {"level": "L1"}):
+        assert not right(VULNERABLE, fill | wrong, hit)
+    assert not right(FIXED, armed)
     with pytest.raises(LabError, match="unknown scenario"):
         select_scenarios(["tss"])
+
+
+def test_the_clean_vm_beside_may_have_no_finding() -> None:
+    (two,) = select_scenarios(["two-vms"])
+    fill = finding("internal-slot-fill", "L2")
+    assert two.check([], two.vms[1], "intel", VULNERABLE) == ("nothing", "nothing")
+    assert two.check([fill], two.vms[1], "intel", VULNERABLE)[0] == "nothing"
+    assert two.check([fill], two.vms[1], "intel", VULNERABLE)[1] != "nothing"
+
+
+def test_an_entry_from_before_the_recording_is_seen_at_first_sight() -> None:
+    (late,) = select_scenarios(["recorded-late"])
+    hit = finding("internal-slot-hit", "L1")
+    for site, right in (("FIRST_SIGHT", True), ("ENTRY", False)):
+        armed = finding("internal-slot-armed", "L1", evidence={"events": [{"site": site}]})
+        expected, found = late.check([armed, hit], late.name, "amd", VULNERABLE)
+        assert (expected == found) is right
+    assert late.verdict(FIXED) == NOT_EXERCISED
 
 
 def test_scenarios_and_kernels_are_consistent() -> None:

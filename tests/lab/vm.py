@@ -83,6 +83,15 @@ class Outcome:
 
 Emulator = Callable[[Boot], list[str]]
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def stop_emulators() -> None:
+    """End the emulators that other threads wait for; their runs fail."""
+    for emulator in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(emulator.pid, signal.SIGKILL)
+
 
 def run_job(job: Job, emulator: Emulator, results: Path) -> Outcome:
     """Boot a VM, run the job's command in it and bring back the results.
@@ -185,6 +194,7 @@ def _watch(command: list[str], serial: Path, log: Path, limit: float) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    _running.add(emulator)
     problem = None
     seen = 0
     text = ""
@@ -210,6 +220,7 @@ def _watch(command: list[str], serial: Path, log: Path, limit: float) -> None:
         if emulator.poll() is None:
             os.killpg(emulator.pid, signal.SIGKILL)
             emulator.wait()
+        _running.discard(emulator)
     if problem is None and not text:
         words = log.read_text(errors="replace").split("\n")
         problem = f"the emulator didn't boot: {' '.join(line.strip() for line in words[:3])}"

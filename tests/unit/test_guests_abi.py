@@ -21,6 +21,7 @@ IOCTLS = (
         "CREATE_VM",
         "GET_VCPU_MMAP_SIZE",
         "CREATE_VCPU",
+        "CREATE_IRQCHIP",
         "SET_USER_MEMORY_REGION",
     ),
     *("SET_TSS_ADDR", "SET_IDENTITY_MAP_ADDR", "RUN", "GET_REGS", "SET_REGS", "GET_SREGS"),

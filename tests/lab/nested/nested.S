@@ -77,6 +77,10 @@ next:
 	leaq	l2_store, %r8
 	cmpb	$7, %al
 	je	run_l2
+	cmpb	$8, %al
+	je	spin
+	cmpb	$9, %al
+	je	forced_sidt
 	hlt
 
 load:
@@ -105,6 +109,15 @@ forced_load:				/* with kvm.force_emulation_prefix=1 */
 	movb	(%rbx), %al
 	outb	%al, $LOADED
 	jmp	next
+forced_sidt:				/* a store that KVM emulates without asking its cache */
+	ud2
+	.ascii	"kvm"
+	sidt	(%rbx)
+	outb	%al, $DONE
+	jmp	next
+spin:
+	pause
+	jmp	spin
 
 run_l2:					/* at %r8; its %al goes to LOADED */
 	testq	%r10, %r10

@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: MIT
 """Nested guests that touch a chosen gpa: run inside the lab's VM, one line a step.
 
-    nested.py [--slot] [--target GPA] [--nested-paging] STEP …
+    nested.py [--name NAME] [--target GPA] [--slot] [--nested-paging] … [VCPU:]STEP …
 
-Steps of L1: load, store, string-out, string-in, forced-load; of L2: l2-load, l2-store; of the VMM:
-flags (the dirty-log flag of guest memory changes, and so the memslot generation), slot (the
-internal slot is made only now).
+Steps of L1: load, store, string-out, string-in, forced-load, forced-sidt; of L2: l2-load, l2-store.
+forced-…: with kvm.force_emulation_prefix=1.  Steps of the VMM: flags (the dirty-log flag of guest
+memory changes, and so the memslot generation), slot (the internal slot is made only now), meet
+(wait until another nested.py is there too), pause (say so in /tmp/ready, wait for /tmp/go), kill
+(SIGKILL while the guest runs).
 """
 
 import argparse
 import ctypes
 import fcntl
+import os
+import signal
 import struct
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvmprobe.errors import GuestError
@@ -31,7 +38,10 @@ COMMANDS = {
     "forced-load": 5,
     "l2-load": 6,
     "l2-store": 7,
+    "spin": 8,
+    "forced-sidt": 9,
 }
+VMM_STEPS = ("flags", "slot", "meet", "pause", "kill")
 #: What the VMM answers to an MMIO read and to INSB: tells where the data came from.
 FROM_MMIO, FROM_PORT = 0xEE, 0x77
 
@@ -185,15 +195,72 @@ def do_step(vcpu: Vcpu, step: str) -> str:
                 raise GuestError(f"the guest ended at {step} with {other}")
 
 
+def start(vcpu: Vcpu, *, amd: bool) -> None:
+    """Bring the guest to where it waits for its first command."""
+    set_cpuid(vcpu)
+    enter_long_mode(vcpu, amd=amd)
+    first = vcpu.step()
+    if not (isinstance(first, Io) and first.port == COMMAND):
+        raise GuestError(f"the guest didn't start: {first}")
+
+
+def wait_for(path: Path, files: int) -> None:
+    """Wait until there are so many files with this path's name and any suffix."""
+    deadline = time.monotonic() + 300
+    while len(list(path.parent.glob(path.name + "*"))) < files:
+        if time.monotonic() > deadline:
+            raise GuestError(f"nobody else came to {path}")
+        time.sleep(0.05)
+
+
+class Vmm:
+    """The machine's own steps."""
+
+    def __init__(self, machine: Machine, memory: Slot, vcpu: Vcpu, target: int) -> None:
+        self._machine, self._memory, self._vcpu, self._target = machine, memory, vcpu, target
+        self._dirty_log = False
+        self._meetings = 0
+
+    def do(self, step: str) -> str:
+        """Do one of VMM_STEPS; tell what was done."""
+        match step:
+            case "flags":
+                self._dirty_log = not self._dirty_log
+                self._memory.set_flags(kvm.MEM_LOG_DIRTY_PAGES if self._dirty_log else 0)
+                return "changed"
+            case "slot":
+                make_internal_slot(self._machine, self._target)
+                return "made"
+            case "meet":
+                self._meetings += 1
+                place = Path(f"/tmp/meet-{self._meetings}")
+                place.with_suffix(f".{os.getpid()}").touch()
+                wait_for(place, 2)
+                return "met"
+            case "pause":
+                Path("/tmp/ready").touch()
+                wait_for(Path("/tmp/go"), 1)
+                return "over"
+            case _:
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+                return do_step(self._vcpu, "spin")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--name", default="nested", help="printed with the process's id")
     parser.add_argument("--target", type=lambda text: int(text, 0), default=0xFFFBD000)
     parser.add_argument("--nested-paging", action="store_true", help="L2 on nested EPT or NPT")
     parser.add_argument("--slot", action="store_true", help="make the slot through /dev/lab_slot")
-    parser.add_argument("steps", nargs="+", choices=[*COMMANDS, "flags", "slot"])
+    parser.add_argument("--irqchip", action="store_true", help="KVM emulates the APIC")
+    parser.add_argument("--vcpus", type=int, default=1, choices=(1, 2), help="a thread each")
+    parser.add_argument("steps", nargs="+")
     arguments = parser.parse_args()
+    print(f"vm {arguments.name} {os.getpid()}", flush=True)
     amd = Path("/sys/module/kvm_amd").exists()
-    with Machine() as machine:
+    with Machine() as machine, ThreadPoolExecutor(1) as second_thread:
+        if arguments.irqchip:
+            machine.create_irqchip()
         memory = machine.add_slot(0, 0, MEMORY)
         if not amd:
             machine.set_identity_map_addr()
@@ -209,25 +276,22 @@ def main() -> int:
         fields = vmcs_fields(nested_paging=arguments.nested_paging)
         memory.memory[FIELDS : FIELDS + len(fields)] = fields
         memory.memory[VMCB : VMCB + 4096] = vmcb(nested_paging=arguments.nested_paging)
-        vcpu = machine.add_vcpu()
-        set_cpuid(vcpu)
-        enter_long_mode(vcpu, amd=amd)
+        vcpus = [machine.add_vcpu(n) for n in range(arguments.vcpus)]
         if arguments.slot:
             make_internal_slot(machine, arguments.target)
-        first = vcpu.step()
-        if not (isinstance(first, Io) and first.port == COMMAND):
-            raise GuestError(f"the guest didn't start: {first}")
-        dirty_log = False
+        # The guests share their scratch memory: they take turns, also in starting.
+        start(vcpus[0], amd=amd)
+        for vcpu in vcpus[1:]:
+            second_thread.submit(start, vcpu, amd=amd).result()
+        vmm = Vmm(machine, memory, vcpus[0], arguments.target)
         for step in arguments.steps:
-            if step == "flags":
-                dirty_log = not dirty_log
-                memory.set_flags(kvm.MEM_LOG_DIRTY_PAGES if dirty_log else 0)
-                print("flags: changed", flush=True)
-            elif step == "slot":
-                make_internal_slot(machine, arguments.target)
-                print("slot: made", flush=True)
+            if step in VMM_STEPS:
+                seen = vmm.do(step)
+            elif step.startswith("1:"):
+                seen = second_thread.submit(do_step, vcpus[1], step[2:]).result()
             else:
-                print(f"{step}: {do_step(vcpu, step)}", flush=True)
+                seen = do_step(vcpus[0], step)
+            print(f"{step}: {seen}", flush=True)
     return 0
 
 
