@@ -54,4 +54,6 @@ def import_(
         print(f"  not understood: {sample}", file=sys.stderr)
     for ended in done.ended:
         print(f"salvaged: {ended}", file=sys.stderr)
+    for doubt in done.doubts:
+        print(f"info: {doubt}", file=sys.stderr)
     print(f"next: kvmprobe analyze {output}", file=sys.stderr)

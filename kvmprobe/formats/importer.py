@@ -32,13 +32,15 @@ from kvmprobe.store.writer import CaptureWriter
 class Imported:
     """What an import did: files by kind, what the readers met, events written.
 
-    `ended` says why a file gave less than it should, with `salvage`.
+    `ended` says why a file gave less than it should, with `salvage`; `doubts` what would be a fault
+    if a presumed slot were known to be there.
     """
 
     tally: Tally = field(default_factory=Tally)
     kinds: list[str] = field(default_factory=list)
     events: int = 0
     ended: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
 
 
 def blocks(source: Source, tally: Tally, *, salvage: bool = False) -> Iterator[Block]:
@@ -109,7 +111,8 @@ def import_traces(
                 done.ended.append(f"{path}: {error}")
             _spool(spool, translator.finish(), done)
         _check(done, strict)
-        _spool(spool, _garbled(done.tally), done)
+        _spool(spool, _losses(done.tally, translator), done)
+        done.doubts = _doubts(translator)
         _write(spool, output, _header(done, paths, slots), force)
     return done
 
@@ -132,12 +135,30 @@ def _check(done: Imported, strict: bool) -> None:
         raise CaptureError(f"nothing to salvage: {done.ended[0]}")
 
 
-def _garbled(tally: Tally) -> NDArray[Any]:
-    """A loss for events of ours that could not be read: silence about them means nothing."""
-    events = np.zeros(1 if tally.garbled else 0, EVENT)
+def _losses(tally: Tally, translator: Translator) -> NDArray[Any]:
+    """Losses for what was recorded and can't be judged: silence about it means nothing.
+
+    That is events of ours that could not be read, and events at a well-known address of KVM's slots
+    of which the trace doesn't show whether there is a slot.
+    """
+    counts = {0: tally.garbled, **translator.doubtful}
+    lost = [(kind, count) for kind, count in counts.items() if count]
+    events = np.zeros(len(lost), EVENT)
     events["vcpu"], events["type"], events["site"] = NO_VCPU, Type.LOSS, Site.DRAIN
-    events["addr"], events["aux"], events["len"] = tally.garbled, ANY_CPU, LossCause.READ
+    events["aux"], events["len"] = ANY_CPU, LossCause.READ
+    for event, (kind, count) in zip(events, lost, strict=True):
+        event["kind"], event["addr"] = kind, count
     return events
+
+
+def _doubts(translator: Translator) -> list[str]:
+    """Say what rests on nothing but a well-known address."""
+    return [
+        f"accesses at {page << 12:#x}, a well-known address of KVM's own memory, look like the "
+        "fault, but the trace shows no memory there: with unrestricted guest it is a hole; where "
+        "KVM has a slot there, state it with --internal-slot"
+        for page in sorted(translator.doubtful_pages)
+    ]
 
 
 def _header(done: Imported, paths: Sequence[Path], slots: tuple[Slot, ...]) -> dict[str, Any]:
@@ -150,7 +171,7 @@ def _header(done: Imported, paths: Sequence[Path], slots: tuple[Slot, ...]) -> d
         else "KVM's own memslots presumed at their well-known addresses"
     )
     note = f"converted from {kinds}; memslots are not in such a trace: {known}"
-    header["source"]["note"] = "; ".join([note, *done.ended])
+    header["source"]["note"] = "; ".join([note, *done.ended, *done.doubts])
     header["host"]["kernel"] = done.tally.kernel
     header["plan"] = plan_of(done.tally)
     header["command"] = ["kvmprobe", "import", *(path.name for path in paths)]

@@ -12,6 +12,7 @@ says.  Where blocks are cut makes no difference.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +22,23 @@ from kvmprobe.formats.build import EXIT_MMIO, Ints, Known, Mask, Part, build, or
 from kvmprobe.formats.identity import Identity
 from kvmprobe.formats.records import RECORD, Block, Point
 from kvmprobe.formats.slots import Presumed, Slot
-from kvmprobe.probes.schema import EVENT, NO_VCPU, Flag, LossCause, MmioType, Site, Type
+from kvmprobe.probes.schema import (
+    EVENT,
+    NO_VCPU,
+    SLOT_APIC,
+    FaultinResult,
+    Flag,
+    LossCause,
+    MmioType,
+    Site,
+    Type,
+)
 
 #: An exit to the VMM belongs to the MMIO access before it if fewer records than this lie between.
 WINDOW = 8192
 _L1, _L2 = 1, 2
+_LEVEL = np.uint32(Flag.LEVEL_KNOWN | Flag.L2)
+_UNSHOWN = np.uint32(Flag.SLOT_PRESUMED | Flag.UNSTABLE)
 _NORMAL, _SMM = 1, 2
 _NEVER = np.iinfo(np.int64).max
 #: What `_Batch.newest` says: in an earlier batch if at all; nowhere since the newest loss.
@@ -86,8 +99,10 @@ class Translator:
         self._reading = np.zeros(0, np.bool_)
         self._seq = np.zeros(0, np.int64)
         self._two_spaces: set[int] = set()  # VMs
-        #: Records of threads that run no vCPU, as far as the trace tells.
-        self.homeless = 0
+        #: By observation, events that would convict if a well-known address were known to be KVM's
+        #: slot; and the pages concerned.
+        self.doubtful: Counter[Type] = Counter()
+        self.doubtful_pages: set[int] = set()
 
     def feed(self, block: Block) -> NDArray[Any]:
         """Take in a block; returns events of dtype EVENT, as many as can be told by now.
@@ -116,7 +131,6 @@ class Translator:
         place, births = self._identity.places(records)
         self._grow()
         lost = records["point"] == Point.LOST
-        self.homeless += int((place < 0).sum() - lost.sum())
         sub = 1 - (births.place < 0)
         parts = [
             _losses(records, np.flatnonzero(lost)),
@@ -127,7 +141,23 @@ class Translator:
             parts += build(self._known(batch), self._presumed)
         elif lost.any():
             self._keep(batch, batch.when, (self._level,) * 4)
-        return self._join(parts)
+        events = self._join(parts)
+        self._doubt(events)
+        return events
+
+    def _doubt(self, events: NDArray[Any]) -> None:
+        """Count what rests on nothing but a well-known address."""
+        doubt = events[(events["flags"] & _UNSHOWN) == _UNSHOWN]
+        level = doubt["flags"] & _LEVEL
+        kind = doubt["type"]
+        noslot = (kind == Type.FAULTIN) & (doubt["kind"] == FaultinResult.NOSLOT)
+        convicts = (level == _LEVEL) & (noslot | (kind == Type.FILL))
+        convicts |= (level == np.uint32(Flag.LEVEL_KNOWN)) & (kind == Type.MATCH)
+        doubt = doubt[convicts & (doubt["slot"] != SLOT_APIC)]
+        types, counts = np.unique(doubt["type"], return_counts=True)
+        for number, count in zip(types.tolist(), counts.tolist(), strict=True):
+            self.doubtful[Type(number)] += count
+        self.doubtful_pages.update((np.unique(doubt["addr"] >> np.uint64(12))).tolist())
 
     def _grow(self) -> None:
         more = self._identity.count - len(self._seq)

@@ -172,3 +172,26 @@ def test_what_the_trace_does_not_tell_stays_unknown() -> None:
     assert not known[:nested].any()
     assert known[nested:].all()
     assert not (events["flags"] & (Flag.GEN_KNOWN | Flag.SLOT_KNOWN | Flag.AS_KNOWN)).any()
+
+
+def test_a_touched_hole_at_a_well_known_address_leaves_the_verdict_open(tmp_path: Path) -> None:
+    text = lzma.decompress(path_of("intel-6.1", "ftrace.txt").read_bytes()).decode()
+    # Without L1's first access nothing shows that there is memory.
+    shows = ("pfn 37f06", "37f06877")
+    lines = [x for x in text.splitlines(True) if not any(word in x for word in shows)]
+    (tmp_path / "x").write_text("".join(lines))
+    done = import_traces([tmp_path / "x"], tmp_path / "y")
+    assert [doubt[:25] for doubt in done.doubts] == ["accesses at 0xfffbd000, a"]
+    with CaptureReader(tmp_path / "y") as reader:
+        (capture,) = analyze([reader], jit=False).captures
+    assert [f for f in capture.findings if f.rule.fault == "internal-slot"] == []
+    verdict = capture.verdicts["internal-slot"]
+    assert verdict.verdict == "inconclusive"
+    assert "lost: 1 record of MATCH" in verdict.missing
+    capture = imported(tmp_path / "x", tmp_path)
+    assert capture.verdicts["internal-slot"].verdict == "vulnerable"
+
+
+def test_well_known_addresses_convict_where_the_trace_shows_memory(tmp_path: Path) -> None:
+    capture = imported(path_of("intel-6.1", "perf.data"), tmp_path, ())
+    assert {f.rule.id for f in capture.findings} >= {"internal-slot-fill", "internal-slot-hit"}

@@ -35,6 +35,8 @@ LOST = "CPU:0 [LOST 17 EVENTS]\n"
 ALL = [ENTRY, ENTER, INJECT, MATCH, MMIO, ANSWER, EXIT, FILL, NOSLOT, BACKED, WRITABLE, EMULATE,
        SMM_IN, SMM_OUT]  # fmt: skip
 
+TASKS = ["CPU 0/KVM-4001", "CPU 1/KVM-4002", "x-77"]
+
 
 def trace(*events: tuple[str, str] | str) -> str:
     return "".join(e if isinstance(e, str) else line(i, *e) for i, e in enumerate(events))
@@ -121,7 +123,7 @@ def test_vms_by_process_or_by_nearness() -> None:
 @settings(max_examples=60)
 @given(
     st.lists(st.sampled_from([*ALL, LOST]), max_size=60),
-    st.lists(st.sampled_from(["CPU 0/KVM-41", "CPU 1/KVM-42", "x-7"]), min_size=60, max_size=60),
+    st.lists(st.sampled_from(TASKS), min_size=60, max_size=60),
     st.lists(st.integers(0, 60), max_size=8),
 )
 def test_where_blocks_are_cut_makes_no_difference(
