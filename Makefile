@@ -9,7 +9,7 @@ export PYTHON
 export PATH := $(PATH):/usr/sbin:/sbin
 BIN := .venv/bin
 RUN := tools/as user $(BIN)/python -m
-CAPTURE := tests/data/golden/intel-6.1-tss.kvmprobe
+CAPTURE := tests/data/golden/lab-6.1-intel.kvmprobe
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -26,7 +26,7 @@ def shown(command: str) -> list[str]:
 
 
 def test_the_finding_shown_is_what_analyze_prints() -> None:
-    command = "kvmprobe analyze tests/data/golden/intel-6.1-tss.kvmprobe"
+    command = "kvmprobe analyze tests/data/golden/lab-6.1-intel.kvmprobe"
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, *shlex.split(command)[1:]],
         cwd=ROOT,
