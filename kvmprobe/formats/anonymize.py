@@ -22,8 +22,9 @@ from kvmprobe.store.format import new_header
 
 NOTE = "anonymized: names, ids, times of day, gva and rip are not the original ones"
 
-#: Where the clock of an anonymized capture starts: an uptime tells a host from others.
-_START = 10**12
+#: Where the clock of an anonymized capture starts: an uptime tells a host from others.  No real
+#: uptime is longer, so events from before the start don't fall below 0.
+_START = 10**18
 _MODULES = ("vmlinux", "kvm", "kvm_intel", "kvm_amd", "kvm_pvm")
 _VENDORS = ("intel", "amd", "pvm")
 _WORDS = ("auto", "never", "always", "cond", "force", "on", "off")

@@ -49,9 +49,7 @@ class Entries:
         )
         if not len(at):
             return closes, begins
-        at = at[
-            np.argsort(key_of({name: rows[name][at] for name in ("vm", "vcpu")}), kind="stable")
-        ]
+        at = at[np.argsort(key_of(rows)[at], kind="stable")]
         own = {name: values[at] for name, values in rows.items()}
         key, life = key_of(own), own["type"] == Type.LIFECYCLE
         first = np.flatnonzero(np.diff(key, prepend=-1))
@@ -76,6 +74,8 @@ class Entries:
     def leave(self, rows: dict[str, NDArray[Any]]) -> list[tuple[int, int]]:
         """Forget the entries of VMs that went: (key, time) of each."""
         gone = (rows["type"] == Type.LIFECYCLE) & (rows["kind"] == LifecycleChange.VM_GONE)
+        if not gone.any():
+            return []
         left = {int(rows["vm"][i]): int(rows["ts"][i]) for i in np.flatnonzero(gone).tolist()}
         ended = [(key, left[key >> 16]) for key in self.open if key >> 16 in left]
         for key, _ in ended:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -47,6 +48,14 @@ _KINDS = {
     Type.LIFECYCLE: LifecycleChange,
     Type.LOSS: Type,
 }
+
+
+@cache
+def _numbers() -> NDArray[np.bytes_]:
+    """The numbers of 16 bits as text."""
+    return np.arange(1 << 16).astype("S5")
+
+
 #: What a line is joined of: constant bytes, or one array with an element of fixed size a line.
 _Part = bytes | NDArray[Any]
 
@@ -123,7 +132,7 @@ def _join(rows: int, parts: Iterable[_Part]) -> bytes:
 
 
 def _kind_names(text: Callable[[str], str], nothing: str) -> list[str]:
-    names = [nothing] * (1 << 16)
+    names = [nothing] * (max(Type) + 1 << 8)
     for kind, enum in _KINDS.items():
         for member in enum:
             names[kind << 8 | member] = text(member.name)
@@ -146,10 +155,8 @@ class TextWriter:
         self._sites = _texts(self._members(Site))
         self._kinds = _texts(_kind_names(self._name, self.nothing))
         self._levels = _texts([self._name(text) for text in ("unknown", "L1", "L2")])
-        numbers = [str(n) for n in range(1 << 16)]
-        self._bytes = _texts(numbers[:256])
-        self._vcpus = _texts([*numbers[:NO_VCPU], self.nothing])
-        self._slots = _texts([*numbers[: 1 << 15], *(str(n) for n in range(-(1 << 15), 0))])
+        self._vcpus = _texts([self.nothing])[np.zeros(1 << 16, np.intp)].astype("S5")
+        self._vcpus[:NO_VCPU] = _numbers()[:NO_VCPU]
         self._sign = _texts(["", "-"])
         file.write(self.head(header))
 
@@ -208,10 +215,13 @@ class TextWriter:
                 for name in ("addr", "value", "gen")
             },
             "aux": _decimal(columns["aux"], 3),
-            "slot": [self._slots[slot.view(np.uint16)]],
-            "kind": [self._bytes[columns["kind"]]],
+            "slot": [
+                self._sign[(slot < 0).view(np.uint8)],
+                _numbers()[np.abs(slot.astype(np.int32))],
+            ],
+            "kind": [_numbers()[columns["kind"]]],
             "kind_name": [self._kinds[kind]],
-            "len": [self._bytes[columns["len"]]],
+            "len": [_numbers()[columns["len"]]],
         }
 
 
