@@ -19,6 +19,7 @@ from kvmprobe.formats.slots import Slot, stated
 from kvmprobe.formats.translate import Translator
 
 TRACES = Path(__file__).parent / "data/traces"
+GOLDEN = Path(__file__).parent / "data/golden"
 #: Where the VMM of these traces put KVM's slots.
 STATED = ("tss=0xfffbd000:3", "identity=0xfffbc000:1")
 SLOTS = tuple(stated(text) for text in STATED)

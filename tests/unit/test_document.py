@@ -34,8 +34,8 @@ from kvmprobe.store.format import new_header
 from kvmprobe.store.reader import CaptureReader
 from kvmprobe.store.writer import CaptureWriter
 from tests import rule_cases
-from tests.convert_ftrace import GOLDEN
 from tests.streams import L1, L2, LIVE, RAM_GPA, ev, interleave, kept, noslot, stream, vcpu_streams
+from tests.traces import GOLDEN
 
 FULL = (
     ("FAULTIN", "FAULTIN"),

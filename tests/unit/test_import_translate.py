@@ -129,12 +129,14 @@ def test_vms_by_process_or_by_nearness() -> None:
 def test_where_blocks_are_cut_makes_no_difference(
     chosen: list[tuple[str, str] | str], tasks: list[str], cuts: list[int]
 ) -> None:
-    text = "".join(
-        e if isinstance(e, str)
-        else line(i, e[0], e[1].replace("vcpu 0", f"vcpu {task[4]}" if task[0] == "C" else "vcpu 5"),
-                  task=task)
-        for i, (e, task) in enumerate(zip(chosen, tasks, strict=False))
-    )  # fmt: skip
+    def told(i: int, event: tuple[str, str] | str, task: str) -> str:
+        if isinstance(event, str):
+            return event
+        number = task[4] if task.startswith("CPU") else "5"
+        return line(i, event[0], event[1].replace("vcpu 0", f"vcpu {number}"), task=task)
+
+    events = enumerate(zip(chosen, tasks, strict=False))
+    text = "".join(told(i, event, task) for i, (event, task) in events)
     whole = events_of_text(text)
     translator = Translator((stated("tss=0xfffbd000:3"), stated("identity=0xfffbc000:1")))
     parts = [np.empty(0, EVENT)]
