@@ -47,6 +47,7 @@ packaging: setup ## Build sdist and wheel and try the wheel outside the checkout
 	@tools/stage packaging $(RUN) pytest -rfEs tests/packaging
 
 lab: setup ## Find the fault on real kernels in emulators; KERNEL= VENDOR= SCENARIO= BACKEND= JOBS=
+	@tools/stage 'lab, parts' $(RUN) pytest -rfEs tests/lab/test_lab_parts.py
 	@tools/stage lab tools/lab $(foreach kernel,$(KERNEL),--kernel $(kernel)) \
 		$(foreach vendor,$(VENDOR),--vendor $(vendor)) \
 		$(foreach scenario,$(SCENARIO),--scenario $(scenario)) \

@@ -34,7 +34,7 @@ from tests.lab.scenarios import (
     Scenario,
     listed_kernels,
 )
-from tests.lab.vm import ROOMS, Emulator, Job, run_job, show_tail, stop_emulators
+from tests.lab.vm import ROOMS, Emulator, Job, run_job, show_tail, stop_runs
 
 EMULATORS: dict[str, Emulator] = {"amd": qemu_command, "intel": bochs_command}
 #: "default" leaves the choice to kvmprobe; the others are forced by --backend.
@@ -195,7 +195,7 @@ def run_boots(boots: Sequence[Boot], results: Path, code: Path, jobs: int) -> It
                 yield from _judge(boot, results / boot.folder, code, run.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            stop_emulators()
+            stop_runs()
             raise
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The lab's own logic, as far as it needs no emulator and no network."""
 
+import json
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import pytest
 from tests.lab import base, vm
 from tests.lab.base import LabError, MissingError, built
 from tests.lab.kernels import parse_spec
-from tests.lab.matrix import Cell, render, select_scenarios
+from tests.lab.matrix import Cell, read_result, render, run_kvmprobe, select_scenarios
 from tests.lab.mirror import Mirror, parse_uris
 from tests.lab.packages import _parse_depends
 from tests.lab.rootfs import make_disk
@@ -94,6 +97,16 @@ def test_a_hang_ends_at_the_limit_and_a_dead_kernel_before(tmp_path: Path) -> No
         vm._watch(["sleep", "600"], serial, tmp_path / "log", 600.0)
 
 
+def test_runs_of_other_threads_can_be_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vm, "_stopping", threading.Event())
+    vm.stop_runs()
+    (tmp_path / "serial").write_text("booting\n")
+    with pytest.raises(LabError, match="stopped"):
+        vm._watch(["sleep", "600"], tmp_path / "serial", tmp_path / "log", 600.0)
+
+
 def test_a_disk_goes_in_and_comes_out(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "out" / "deep").mkdir(parents=True)
@@ -172,3 +185,28 @@ def test_table_marks_what_differs() -> None:
     assert lines[2].endswith("DIFFERS")
     assert lines[3].endswith("NO RESULT")
     assert "not done" in lines[3]
+
+
+def test_a_boot_s_results_are_read_and_checked(tmp_path: Path) -> None:
+    golden = base.CHECKOUT / "tests/data/golden"
+    pids = json.loads((golden / "lab-vms.json").read_text())["lab-6.1-amd-all"]["vms"]
+    (tmp_path / "out").mkdir()
+    capture = tmp_path / "out" / "main.kvmprobe"
+    shutil.copy(golden / "lab-6.1-amd-all.kvmprobe", capture)
+    document = run_kvmprobe(base.CHECKOUT, "analyze", "--json", str(capture))
+    capture.with_suffix(".json").write_text(json.dumps(document))
+    lines = [f"vm {name} {pid}\nload: got 0x00\n" for name, pid in pids.items()]
+    (tmp_path / "output").write_text("".join(lines))
+    result = read_result(tmp_path, "main", list(pids), base.CHECKOUT)
+    assert result.verdict == VULNERABLE
+    assert result.findings("two-vms-beside") == []
+    assert {each["rule"] for each in result.findings("killed")} >= {"internal-slot-fill"}
+    with pytest.raises(LabError, match="VMs are in the capture"):
+        read_result(tmp_path, "main", list(pids)[1:], base.CHECKOUT)
+    (tmp_path / "output").write_text("".join([*lines, "failed hole\n"]))
+    with pytest.raises(LabError, match="did not run: hole"):
+        read_result(tmp_path, "main", list(pids), base.CHECKOUT)
+    (tmp_path / "output").write_text("".join(lines))
+    capture.with_suffix(".json").write_text(json.dumps(document | {"findings": []}))
+    with pytest.raises(LabError, match="differ"):
+        read_result(tmp_path, "main", list(pids), base.CHECKOUT)

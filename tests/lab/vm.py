@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -83,14 +84,12 @@ class Outcome:
 
 Emulator = Callable[[Boot], list[str]]
 
-_running: set[subprocess.Popen[bytes]] = set()
+_stopping = threading.Event()
 
 
-def stop_emulators() -> None:
-    """End the emulators that other threads wait for; their runs fail."""
-    for emulator in list(_running):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(emulator.pid, signal.SIGKILL)
+def stop_runs() -> None:
+    """End the runs of other threads, and let none begin; they fail."""
+    _stopping.set()
 
 
 def run_job(job: Job, emulator: Emulator, results: Path) -> Outcome:
@@ -194,7 +193,6 @@ def _watch(command: list[str], serial: Path, log: Path, limit: float) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    _running.add(emulator)
     problem = None
     seen = 0
     text = ""
@@ -212,6 +210,9 @@ def _watch(command: list[str], serial: Path, log: Path, limit: float) -> None:
             if dead and problem is None:
                 problem = f"the VM's kernel stopped ({dead})"
                 deadline = min(deadline, time.monotonic() + 2)
+            if _stopping.is_set():
+                problem = "stopped"
+                break
             if time.monotonic() > deadline:
                 if "LAB-END" not in text:
                     problem = problem or f"the VM was not done after {limit:.0f} s"
@@ -220,7 +221,6 @@ def _watch(command: list[str], serial: Path, log: Path, limit: float) -> None:
         if emulator.poll() is None:
             os.killpg(emulator.pid, signal.SIGKILL)
             emulator.wait()
-        _running.discard(emulator)
     if problem is None and not text:
         words = log.read_text(errors="replace").split("\n")
         problem = f"the emulator didn't boot: {' '.join(line.strip() for line in words[:3])}"
