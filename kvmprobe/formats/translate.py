@@ -78,7 +78,7 @@ class _Batch(NamedTuple):
 
     def value(self, newest: Ints, values: NDArray[Any], kept: NDArray[Any]) -> NDArray[Any]:
         """The value at the newest row, or what was kept from earlier batches, or 0 after a loss."""
-        found = np.where(newest >= 0, values[newest], kept[self.place])
+        found = np.where(newest >= 0, values[np.maximum(newest, 0)], kept[self.place])
         found[newest == _LOST] = 0
         return found
 
