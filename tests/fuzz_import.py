@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Damaged traces for the importers: python -m tests.fuzz_import KIND COUNT SEED
+"""Damaged traces for the importers: python -m tests.fuzz_import KIND COUNT SEED [SECONDS]
 
 KIND is ftrace, perf-script, trace.dat or perf.data.  Each input is a real trace, cut, with bits
 turned, numbers replaced by those that hurt, pieces moved or doubled; it may only give events or
 CaptureError, with and without salvage.  The run fails on anything else, on an input that takes more
-than ten seconds, and when the process needs more than 1 GiB.
+than ten seconds, and when the process needs more than 1 GiB.  After SECONDS it ends.
 """
 
 from __future__ import annotations
@@ -83,11 +83,14 @@ def read(kind: str, data: bytes, *, salvage: bool) -> int:
     return len(events)
 
 
-def main(kind: str, count: int, seed: int) -> None:
-    """Try `count` inputs from `seed` on."""
+def main(kind: str, count: int, seed: int, most: float = float("inf")) -> None:
+    """Try `count` inputs from `seed` on, for at most so many seconds."""
     started = time.monotonic()
-    refused = 0
+    refused = tried = 0
     for number in range(seed, seed + count):
+        if time.monotonic() - started > most:
+            break
+        tried += 1
         signal.alarm(_SECONDS)
         try:
             refused += read(kind, damaged(kind, number), salvage=bool(number & 1)) < 0
@@ -97,10 +100,10 @@ def main(kind: str, count: int, seed: int) -> None:
     signal.alarm(0)
     mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     seconds = time.monotonic() - started
-    print(f"{kind}: {count} inputs from seed {seed}, {refused} refused, {seconds:.0f} s, {mib} MiB")
+    print(f"{kind}: {tried} inputs from seed {seed}, {refused} refused, {seconds:.0f} s, {mib} MiB")
     if mib > 1024:
         raise SystemExit(f"{kind}: {mib} MiB")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(float, sys.argv[4:5]))

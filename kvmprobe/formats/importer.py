@@ -141,7 +141,8 @@ def _losses(tally: Tally, translator: Translator) -> NDArray[Any]:
     That is events of ours that could not be read, and events at a well-known address of KVM's slots
     of which the trace doesn't show whether there is a slot.
     """
-    counts = {0: tally.garbled, **translator.doubtful}
+    counts: dict[int, int] = {0: tally.garbled}
+    counts.update(translator.doubtful)
     lost = [(kind, count) for kind, count in counts.items() if count]
     events = np.zeros(len(lost), EVENT)
     events["vcpu"], events["type"], events["site"] = NO_VCPU, Type.LOSS, Site.DRAIN

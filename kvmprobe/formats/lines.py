@@ -155,7 +155,8 @@ def _heads(text: Text) -> _Head:
 
 def _is_time(a: NDArray[np.uint8], number: swar.Numbers) -> NDArray[np.bool_]:
     after = a[number.end]
-    return number.good & ((after == _DOT) | (after == _COLON))
+    time: NDArray[np.bool_] = number.good & ((after == _DOT) | (after == _COLON))
+    return time
 
 
 def _nanoseconds(text: Text, seconds: swar.Numbers) -> tuple[swar.U64, swar.Places]:
