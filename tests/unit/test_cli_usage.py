@@ -20,7 +20,7 @@ from kvmprobe.errors import UsageError
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/data/golden/intel-6.1-tss.kvmprobe"
 KVMPROBE = (sys.executable, "-c", "from kvmprobe.cli.main import main; main()")
-COMMANDS = ("record", "analyze", "info", "rules", "doctor")
+COMMANDS = ("record", "analyze", "info", "import", "export", "rules", "doctor")
 
 #: Call the command in this process: (status, stdout, stderr).
 Call = Callable[..., tuple[int, str, str]]

@@ -23,7 +23,10 @@ print(json.dumps([status or 0, sorted(sys.modules)]), file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("command", [[], ["record"], ["analyze"], ["info"], ["rules"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["record"], ["analyze"], ["info"], ["import"], ["export"], ["rules"], ["doctor"]],
+)
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, *command, "--help"],
