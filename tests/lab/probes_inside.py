@@ -132,10 +132,6 @@ int entry(struct pt_regs *ctx)
 	calls.update(&key, &value);
 	return 0;
 }
-int leave(struct pt_regs *ctx)
-{
-	return entry(ctx);
-}
 """
 
 
@@ -150,7 +146,7 @@ def second_tool(seconds: float) -> int:
         tool = bcc.BPF(text=_TOOL.encode())
     for function in ("kvm_mmu_page_fault", "kvm_faultin_pfn"):
         tool.attach_kprobe(event=function.encode(), fn_name=b"entry")
-        tool.attach_kretprobe(event=function.encode(), fn_name=b"leave")
+        tool.attach_kretprobe(event=function.encode(), fn_name=b"entry")
     table = tool["calls"]
     for key in range(60000):
         table[ctypes.c_uint64(key)] = ctypes.c_uint64(0)
@@ -181,12 +177,17 @@ def _programs() -> int:
         count += 1
 
 
+def _lines(path: Path) -> int:
+    """Return how many lines a file of the kernel has; 0 where the kernel has no kprobes."""
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
 def _state() -> dict[str, int]:
     """Return what a tracing program may leave behind, or let grow, as numbers."""
     status = Path("/proc/self/status").read_text()
     return {
-        "kprobe_events": len((TRACEFS / "kprobe_events").read_text().splitlines()),
-        "kprobes": len(KPROBES.read_text().splitlines()),
+        "kprobe_events": _lines(TRACEFS / "kprobe_events"),
+        "kprobes": _lines(KPROBES),
         "programs": _programs(),
         "descriptors": len(list(Path("/proc/self/fd").iterdir())),
         "threads": len(list(Path("/proc/self/task").iterdir())),
@@ -200,6 +201,7 @@ def again(times: int, backend: str) -> int:
     with Session(Filters(), backend=backend) as session:
         session.prepare()
         program, prefix = session._need(), session._fentry_prefix
+        methods = sorted({str(a.method) for a in session.plan.active()})
         for turn in range(times):
             program.attach(session.plan, prefix)
             if turn == 0:
@@ -207,8 +209,13 @@ def again(times: int, backend: str) -> int:
             program.detach()
             if turn in (0, 9, times - 1):
                 states[f"detached {turn + 1}"] = _state()
+    # The kernel frees programs a moment after their last descriptor.
+    deadline = time.monotonic() + 10
+    while _programs() > states["start"]["programs"] and time.monotonic() < deadline:
+        time.sleep(0.1)
     states["closed"] = _state()
-    Path(f"again-{backend}.json").write_text(json.dumps(states, indent=1))
+    Path(f"again-{backend}.json").write_text(json.dumps(states | {"methods": methods}))
+    print("methods", *methods)
     for name, state in states.items():
         print(name, *(f"{key}={value}" for key, value in state.items()))
     return 0
