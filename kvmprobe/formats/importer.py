@@ -142,7 +142,7 @@ def _losses(tally: Tally, translator: Translator) -> NDArray[Any]:
     of which the trace doesn't show whether there is a slot.
     """
     counts: dict[int, int] = {0: tally.garbled}
-    counts.update(translator.doubtful)
+    counts.update((int(kind), count) for kind, count in translator.doubtful.items())
     lost = [(kind, count) for kind, count in counts.items() if count]
     events = np.zeros(len(lost), EVENT)
     events["vcpu"], events["type"], events["site"] = NO_VCPU, Type.LOSS, Site.DRAIN
