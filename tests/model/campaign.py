@@ -21,7 +21,7 @@ import numpy as np
 
 from kvmprobe.analysis.detector import Detector
 from kvmprobe.probes.schema import columns
-from tests.model.check import gaps, lose, problems, reorder, say, with_losses
+from tests.model.check import lose, problems, reorder, say, with_losses
 from tests.model.runs import Run, random_run
 from tests.streams import told
 
@@ -37,7 +37,6 @@ class Tally:
     happened: Counter[str] = field(default_factory=Counter)
     found: Counter[str] = field(default_factory=Counter)
     verdicts: Counter[str] = field(default_factory=Counter)
-    gaps: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
@@ -47,12 +46,11 @@ class Tally:
         self.happened += other.happened
         self.found += other.found
         self.verdicts += other.verdicts
-        self.gaps += other.gaps
         self.wrong += other.wrong
 
 
 def examine(run: Run, random: Random, tally: Tally) -> list[str]:
-    """Check one run: as it is, cut into batches, interleaved anew, and with losses told and untold."""
+    """Check one run: whole, cut into batches, interleaved anew, with losses told and untold."""
     whole = not run.probes.skip_exits
     rows = run.rows if whole else with_losses(run)
     said = say(run, rows)
@@ -74,7 +72,6 @@ def examine(run: Run, random: Random, tally: Tally) -> list[str]:
     tally.events += len(run.rows)
     tally.happened.update(h.what.name for h in run.truth.happenings)
     tally.found.update(f.rule.id for f in said.findings)
-    tally.gaps.update(gaps(run, said))
     tally.verdicts.update(f"{v.fault}: {v.verdict}" for v in said.verdicts.values())
     return wrong
 
@@ -99,7 +96,7 @@ def campaign(seed: int, numbers: range, actions: int = 40) -> Tally:
 
 
 def equal_when_compiled(seed: int, numbers: range, actions: int = 40) -> bool:
-    """Whether the compiled step loop says the same as the interpreter, of many runs in one stream."""
+    """Whether the compiled step loop says the same of many runs in one stream."""
     parts, vms = [], 0
     for number in numbers:
         rows = make(seed, number, actions)[0].rows.copy()
@@ -144,7 +141,7 @@ def main() -> int:
     seconds = time.monotonic() - begin
     print(f"seed {args.seed}, runs {args.first} to {args.first + tally.runs - 1}")
     print(f"{tally.events:,} events, {len(tally.wrong)} wrong, {seconds:.0f} s")
-    for name in ("happened", "found", "verdicts", "gaps"):
+    for name in ("happened", "found", "verdicts"):
         print(f"{name}: {dict(sorted(getattr(tally, name).items()))}")
     return 1 if tally.wrong else 0
 

@@ -18,7 +18,7 @@ from kvmprobe.analysis.integrity import Integrity
 from kvmprobe.analysis.rules import RULES
 from kvmprobe.analysis.verdict import Coverage, Verdict, judge
 from kvmprobe.capture.points import FUNCTIONS, TRACEPOINTS
-from kvmprobe.probes.schema import EVENT, NO_VCPU, Flag, LossCause, Site, Type, columns
+from kvmprobe.probes.schema import EVENT, NO_VCPU, LossCause, Site, Type, columns
 from tests.model.runs import Run
 from tests.model.truth import HIDDEN_SLOTS, Happening, What
 
@@ -64,7 +64,7 @@ def rule_of(h: Happening) -> str | None:
 def expected(run: Run) -> dict[Key, Expected]:
     """Return what is to be found by the rules of which the count is known."""
     found: dict[Key, Expected] = defaultdict(Expected)
-    unsure = defaultdict(int)
+    unsure: dict[Key, int] = defaultdict(int)
     for h in run.truth.happenings:
         rule = rule_of(h)
         if rule is None or h.vm not in run.number:
@@ -108,33 +108,6 @@ class Said:
     integrity: Integrity
 
 
-GEN_IS_ANY = int(Flag.GEN_IS_AS0 | Flag.GEN_IS_CURRENT)
-SMM_AT_WORK = int(Flag.TWO_AS | Flag.SMM_SEEN)
-
-
-def gap(run: Run, f: Finding) -> str | None:
-    """Name the known gap of rules or probes that a false finding comes from.
-
-    docs/proof.md tells of each; test_model_gaps.py shows each as an expected failure, so that it is
-    taken out here when it is closed.
-    """
-    flags = [int(r["flags"]) for r in f.evidence]
-    late = [
-        r["type"] == Type.FILL and not int(r["flags"]) & GEN_IS_ANY for r in f.evidence
-    ]
-    if f.rule.id in ("internal-slot-fill", "noslot-from-l1") and any(late):
-        return "late-fill"
-    if f.rule.id == "cache-hits-memory" and any(
-        n & Flag.SMM and not n & Flag.SMM_SEEN for n in flags
-    ):
-        return "first-sight-in-smm"
-    if f.rule.fault == "internal-slot" and run.kind.as0_generation and any(
-        n & SMM_AT_WORK == SMM_AT_WORK for n in flags
-    ):
-        return "internal-slot-by-smm"
-    return None
-
-
 def say(run: Run, rows: NDArray[Any], cuts: Iterable[int] = ()) -> Said:
     """Analyse rows, cut into batches, as analyze() does."""
     detector, integrity = Detector(), Integrity()
@@ -145,13 +118,6 @@ def say(run: Run, rows: NDArray[Any], cuts: Iterable[int] = ()) -> Said:
     findings = detector.findings()
     verdicts = judge(findings, detector.acquittals(), coverage(run, integrity))
     return Said(detector, findings, verdicts, integrity)
-
-
-def gaps(run: Run, said: Said) -> list[str]:
-    """Name the known gap behind each false finding."""
-    wanted = expected(run)
-    false = [f for f in said.findings if (f.vm, f.vcpu, f.rule.id) not in wanted]
-    return [name for f in false if (name := gap(run, f))]
 
 
 def _own_evidence(f: Finding) -> set[tuple[int, int]]:
@@ -177,8 +143,7 @@ def problems(run: Run, said: Said, *, whole: bool) -> list[str]:
         got.add(key)
         e = wanted.get(key)
         if e is None:
-            if gap(run, f) is None:
-                wrong.append(f"false finding {key} at {f.gpa:#x}")
+            wrong.append(f"false finding {key} at {f.gpa:#x}")
             continue
         if e.bounded and f.count > e.most:
             wrong.append(f"{key}: {f.count} times, at most {e.most} happened")
@@ -206,7 +171,7 @@ def _verdict_problems(run: Run, said: Said, *, whole: bool) -> list[str]:
         e.least for k, e in expected(run).items() if k[2] in _INTERNAL
     )
     allowed: set[str] = set()
-    if bad or any(f.rule.fault == "internal-slot" and gap(run, f) for f in said.findings):
+    if bad:
         allowed.add("vulnerable")
     if not sure_bad:
         if good:
@@ -240,7 +205,8 @@ def _sibling_problems(run: Run, f: Finding) -> list[str]:
     """Findings of rules for other faults: only on kernels and in runs that have them."""
     what = {h.what for h in run.truth.happenings if run.number.get(h.vm) == f.vm}
     allowed = {
-        "address-space-mixup": run.kind.as0_generation or run.kind.keeps_entries,
+        "address-space-mixup": run.kind.as0_generation,
+        "address-space-generation": run.kind.as0_generation,
         "spte-overwrite": run.kind.overwrites_spte and What.OVERWROTE in what,
         "unexplained-mmio": What.UNEXPLAINED in what,
     }
@@ -251,6 +217,7 @@ def _missed_siblings(run: Run, said: Said) -> list[str]:
     """What rules for other faults must have found, where there are such rules."""
     by_what = {
         What.MIXED_UP: "address-space-mixup",
+        What.HARMLESS: "address-space-generation",
         What.OVERWROTE: "spte-overwrite",
         What.UNEXPLAINED: "unexplained-mmio",
     }

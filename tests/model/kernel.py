@@ -1,31 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""KVM as far as its MMIO cache goes: memslots, generations, faults, the emulator, L1, L2 and SMM.
+"""A vCPU of KVM as far as its MMIO cache goes: faults, the emulator, L1, L2 and SMM.
 
 Plain and slow on purpose: it is what rules and detector are measured against, so it must be
 possible to read it beside KVM's source.  Where KVM has a tracepoint or a function that probes
 attach to, the model calls `Tracer`; what really happened it writes to `Truth`.
 
-One vCPU runs at a time, from entry to exit.  A memslot change of another thread may begin or end at
-`Vm.preempt()`; it can't end while a vCPU holds SRCU, as synchronize_srcu() waits for it.
-
-Guests map L1's memory at fixed offsets, so that mixing up gva, L2's gpa and gpa shows.
+One vCPU runs at a time, from entry to exit.  Guests map L1's memory at fixed offsets, so that
+mixing up gva, L2's gpa and gpa shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Protocol
 
-from kvmprobe.probes.schema import SLOT_APIC, SLOT_IDENTITY, SLOT_TSS, MemslotChange
-from tests.model.truth import Truth
+from kvmprobe.probes.schema import SLOT_APIC, SLOT_IDENTITY, SLOT_TSS
+from tests.model.memslots import IN_PROGRESS, SPTE_GENERATION, Slot, Vm
+from tests.model.truth import APIC_GFN, PFN_ERROR, PFN_NOSLOT
 
-IN_PROGRESS = 1 << 63  #: KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
-APIC_GFN = 0xFEE00
-SPTE_GENERATION = (1 << 19) - 1  #: MMIO_SPTE_GEN_MASK, 5.15 to 6.18
-PFN_NOSLOT = 1 << 63
-PFN_ERROR = 0x7FF << 52
 PFERR_PRESENT, PFERR_WRITE, PFERR_RSVD = 1, 2, 8
 EXIT_MMIO = 6
 L1_GVA, L2_GVA, L2_GPA = 1 << 44, 1 << 45, 1 << 36  #: where guests see L1's memory
@@ -60,38 +53,6 @@ class Ret(Enum):
     EMULATE = 2
     INVALID = 3
     FIXED = 4
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of kernel and host: each fault on or off.
-
-    The last two are faults that no kernel is known to have: they let rules be tried that never
-    convict a real one.
-    """
-
-    hides_internal: bool = False  # 3a2936dedd20
-    as0_generation: bool = False  # CVE-2026-99082
-    overwrites_spte: bool = False  # CVE-2026-23401
-    tdp: bool = True
-    intel: bool = True  # EPT misconfigurations have no kvm_page_fault tracepoint
-    mmio_caching: bool = True
-    address_spaces: int = 2
-    first_pfn: int = PFN_ERROR  # of struct kvm_page_fault before a lookup; 0 in older kernels
-    hides_from_l1: bool = False
-    keeps_entries: bool = False  # a memslot change doesn't end cache entries
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A memslot; `base` and `pages` count pages."""
-
-    id: int
-    base: int
-    pages: int
-    readonly: bool = False
-    invalid: bool = False
-    logged: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,141 +91,8 @@ class Fate:
     poisoned: bool = False  # the memory behind the slot can't be accessed
 
 
-class Tracer(Protocol):
-    """The places where probes attach, in the order in which KVM passes them."""
-
-    def entry(self, vcpu: Vcpu) -> None: ...
-    def emulate_insn(self, vcpu: Vcpu) -> None: ...
-    def fault_entry(self, vcpu: Vcpu, addr: int, error: int) -> None: ...
-    def fault_exit(self, vcpu: Vcpu, ret: int) -> None: ...
-    def page_fault(self, vcpu: Vcpu, addr: int, error: int) -> None: ...
-    def faultin_entry(self, vcpu: Vcpu, gfn: int, slot: Slot | None) -> None: ...
-    def faultin_exit(self, vcpu: Vcpu, gfn: int, pfn: int, ret: int) -> None: ...
-    def spte_requested(self, vcpu: Vcpu, gfn: int, slot: Slot | None, pfn: int) -> None: ...
-    def noslot_entry(self, vcpu: Vcpu, gfn: int) -> None: ...
-    def noslot_exit(self, vcpu: Vcpu, ret: int) -> None: ...
-    def handle_mmio_page_fault(self, vcpu: Vcpu, gfn: int) -> None: ...
-    def check_mmio_spte(self, vcpu: Vcpu, spte: int, now: int, then: int) -> None: ...
-    def mark_mmio_spte(self, vcpu: Vcpu, gfn: int, old: int, new: int) -> None: ...
-    def match(self, vcpu: Vcpu, gva: int, gpa: int, write: bool, by_gpa: bool) -> None: ...
-    def mmio(self, vcpu: Vcpu, kind: int, size: int, gpa: int) -> None: ...
-    def userspace_exit(self, vcpu: Vcpu, reason: int) -> None: ...
-    def memslots_updated(self, vm: Vm, gen: int) -> None: ...
-    def commit_memslot(
-        self, vm: Vm, as_id: int, old: Slot | None, new: Slot | None, change: MemslotChange
-    ) -> None: ...
-    def vcpu_destroy(self, vcpu: Vcpu) -> None: ...
-    def vm_destroy(self, vm: Vm) -> None: ...
-
-
-@dataclass(frozen=True)
-class Change:
-    """What the VMM asks for: a slot's old and new form in one address space."""
-
-    as_id: int
-    old: Slot | None
-    new: Slot | None
-
-    @property
-    def what(self) -> MemslotChange:
-        """enum kvm_mr_change."""
-        if self.old is None:
-            return MemslotChange.CREATED
-        if self.new is None:
-            return MemslotChange.DELETED
-        moved = self.old.base != self.new.base
-        return MemslotChange.MOVED_FROM if moved else MemslotChange.REFLAGGED
-
-
-@dataclass(eq=False)
-class Vm:
-    """struct kvm.  `age`: by how many changes each address space's generation is ahead."""
-
-    kvm: int
-    kind: Kind
-    trace: Tracer
-    truth: Truth
-    age: tuple[int, int] = (0, 0)
-    apicv: bool = True
-    vcpus: list[Vcpu] = field(default_factory=list)
-    srcu_held: bool = False
-    #: Counts every step of a memslot change: whatever spans one is not beyond doubt.
-    steps: int = 0
-    #: After so many calls of preempt() the change goes on, by `race_steps`; -1: it doesn't.
-    race: int = -1
-    race_steps: int = 0
-
-    def __post_init__(self) -> None:
-        """Begin as kvm_create_vm() does: generations start at the index of their space."""
-        n = self.kind.address_spaces
-        self.slots: list[list[Slot]] = [[] for _ in range(n)]
-        self.gens = [i + n * self.age[i] for i in range(n)]
-        self.roots: dict[tuple[int, bool, bool, int], dict[int, Spte]] = {}
-        self._change: Iterator[bool] = iter(())
-        self._grace = False
-
-    @property
-    def changing(self) -> bool:
-        """Whether a grace period runs in any address space."""
-        return any(gen & IN_PROGRESS for gen in self.gens)
-
-    def find(self, as_id: int, gfn: int) -> Slot | None:
-        """Look a gfn up, as search_memslots() does."""
-        for slot in self.slots[as_id]:
-            if slot.base <= gfn < slot.base + slot.pages:
-                return slot
-        return None
-
-    def begin(self, *changes: Change) -> None:
-        """Let another thread change memslots; it goes on at step(), settle() or preempt()."""
-        self.settle()
-        self._change = self._run(changes)
-
-    def step(self) -> bool:
-        """Let the other thread go on to the next point where it can be seen; False: it is done."""
-        self.steps += 1
-        self._grace = next(self._change, None) is True
-        return self._grace
-
-    def settle(self) -> None:
-        """Let the other thread finish."""
-        for self._grace in self._change:
-            self.steps += 1
-        self._grace = False
-
-    def preempt(self) -> None:
-        """A place in a vCPU's way where the other thread may be faster."""
-        if self.race > 0:
-            self.race -= 1
-        if self.race == 0 and not (self._grace and self.srcu_held):
-            self.race_steps -= 1
-            if self.race_steps <= 0:
-                self.race = -1
-            self.step()
-
-    def _run(self, changes: tuple[Change, ...]) -> Iterator[bool]:
-        for change in changes:
-            old = change.old
-            if old is not None and change.what != MemslotChange.REFLAGGED:
-                yield from self._activate(change.as_id, old, replace(old, invalid=True))
-                self.roots.clear()  # kvm_arch_flush_shadow_memslot()
-                old = replace(old, invalid=True)
-            yield from self._activate(change.as_id, old, change.new)
-            self.trace.commit_memslot(self, change.as_id, change.old, change.new, change.what)
-
-    def _activate(self, as_id: int, old: Slot | None, new: Slot | None) -> Iterator[bool]:
-        """kvm_swap_active_memslots(): True while the grace period runs."""
-        slots = [s for s in self.slots[as_id] if s != old]
-        self.slots[as_id] = slots if new is None else [*slots, new]
-        gen = self.gens[as_id]
-        self.gens[as_id] = gen | IN_PROGRESS
-        yield True
-        gen += self.kind.address_spaces
-        self.trace.memslots_updated(self, gen)
-        if not gen & SPTE_GENERATION & ~(self.kind.address_spaces - 1):
-            self.roots.clear()  # kvm_mmu_invalidate_mmio_sptes(): the SPTEs' generation wraps
-        self.gens[as_id] = gen
-        yield False
+#: Nothing else happens.
+PLAINLY = Fate()
 
 
 class Vcpu:
@@ -383,7 +211,7 @@ class Vcpu:
         usual = (gva - self.gva(0)) >> 12, True
         return self.tables.get(gva >> 12, usual)
 
-    def access(self, how: How, gva: int, write: bool, fate: Fate = Fate()) -> Result:  # noqa: B008 - frozen
+    def access(self, how: How, gva: int, write: bool, fate: Fate = PLAINLY) -> Result:
         """One access of the guest, from entry to its end."""
         since = self._mark_time()
         self.enter()
@@ -594,7 +422,7 @@ class Vcpu:
                 return Result.MEMORY
         self.vm.preempt()
         in_kernel = fate.device or gfn == APIC_GFN
-        truth.emulated(self, gfn, mmio, write)
+        truth.emulated(self, gfn, mmio, write, in_kernel and not write)
         trace.mmio(self, 2 if write else 1 if in_kernel else 0, 4, gpa)
         return Result.DEVICE if in_kernel else Result.USERSPACE
 

@@ -19,7 +19,6 @@ from kvmprobe.probes.schema import (
     SLOT_TSS,
     FaultinResult,
     FaultResult,
-    Flag,
     LifecycleChange,
     LossCause,
     MemslotChange,
@@ -28,71 +27,37 @@ from kvmprobe.probes.schema import (
     SpteChange,
     Type,
 )
-from tests.model.kernel import EXIT_MMIO, IN_PROGRESS, PFERR_RSVD, PFN_ERROR, PFN_NOSLOT
-from tests.model.kernel import Cache, Slot, Vcpu, Vm
-
-(
-    L2, LEVEL_KNOWN, SMM, AS_KNOWN, DIRECT, NESTED_MMU, WRITE, UNSTABLE, SLOT_KNOWN, READONLY,
-    INVALID, BY_GPA, TO_USERSPACE, BELIEVED, GEN_KNOWN, IS_AS0, IS_CURRENT, TWO_AS, SMM_SEEN,
-    MATCHED, PRESENT, CANDIDATE, FILL_AS_KNOWN, OTHER_AS, STUCK,
-) = (
-    int(Flag[name]) for name in (
-        "L2", "LEVEL_KNOWN", "SMM", "AS_KNOWN", "DIRECT", "NESTED_MMU", "WRITE", "UNSTABLE",
-        "SLOT_KNOWN", "SLOT_READONLY", "SLOT_INVALID", "BY_GPA", "TO_USERSPACE", "BELIEVED",
-        "GEN_KNOWN", "GEN_IS_AS0", "GEN_IS_CURRENT", "TWO_AS", "SMM_SEEN", "MATCHED", "PRESENT",
-        "CANDIDATE", "FILL_AS_KNOWN", "OTHER_AS", "STUCK",
-    )
-)  # fmt: skip
-FIRST_SIGHT = int(Site.FIRST_SIGHT)
-
-
-@dataclass
-class Row:
-    """One event, by the names of events.h."""
-
-    vm: int
-    vcpu: int
-    type: int
-    site: int
-    flags: int = 0
-    addr: int = 0
-    value: int = 0
-    gen: int = 0
-    aux: int = 0
-    slot: int = -1
-    kind: int = 0
-    len: int = 0
-    seq: int = 0
-    ts: int = 0
-
-
-@dataclass
-class VcpuState:
-    """struct vcpu_state, and what struct thread_state holds of open calls."""
-
-    vm: int
-    id: int
-    tid: int
-    flags: int
-    seq: int = 0
-    exits: int = 0
-    gen: int = 0
-    cache: Cache = Cache()
-    sampled_gen: int = 0
-    sampled_exits: int = 0
-    sampled_flags: int = 0
-    mmio: Row | None = None
-    read_waits: bool = False
-    matched: bool = False
-    refill: int = 0
-    refill_flags: int = 0
-    filled_in: int | None = None
-    smm_seen: int = 0
-    #: gfn, generation, in SMM -> slot and its flags: the last lookup
-    memo: tuple[tuple[int, int, bool], int, int] | None = None
-    fault: tuple[int, int, int] | None = None  # address, error code, flags
-    faultin: tuple[Slot | None] | None = None
-    noslot: int | None = None
+from tests.model.kernel import EXIT_MMIO, PFERR_RSVD, Vcpu
+from tests.model.memslots import IN_PROGRESS, Slot, Vm
+from tests.model.rows import (
+    AS_KNOWN,
+    BELIEVED,
+    BY_GPA,
+    CANDIDATE,
+    DIRECT,
+    FILL_AS_KNOWN,
+    FIRST_SIGHT,
+    GEN_KNOWN,
+    IS_AS0,
+    IS_CURRENT,
+    L2,
+    LEVEL_KNOWN,
+    MATCHED,
+    NESTED_MMU,
+    OTHER_AS,
+    PRESENT,
+    SMM,
+    SMM_SEEN,
+    TO_USERSPACE,
+    TWO_AS,
+    UNSTABLE,
+    WRITE,
+    Row,
+    VcpuState,
+    candidate,
+    slot_flags,
+)
+from tests.model.truth import PFN_ERROR, PFN_NOSLOT
 
 
 @dataclass
@@ -269,6 +234,7 @@ class Probes:
             self._flush(st)
         else:
             flags = self._flags(vcpu)
+            flags |= SMM_SEEN * bool(flags & SMM)
             st = VcpuState(number, vcpu.id, vcpu.tid, flags, smm_seen=bool(flags & SMM))
             self.vcpus[vcpu] = st
             self._lifecycle(st, LifecycleChange.VCPU_SEEN, FIRST_SIGHT)
@@ -555,29 +521,3 @@ class Probes:
         for name in EVENT.names or ():
             out[name] = [getattr(row, name) for row in self.rows]
         return out
-
-
-def slot_flags(slot: Slot | None) -> int:
-    """read_slot()"""
-    if slot is None:
-        return SLOT_KNOWN
-    return SLOT_KNOWN | READONLY * slot.readonly | INVALID * slot.invalid
-
-
-def candidate(row: Row) -> bool:
-    """kvmprobe_candidate()"""
-    flags, memory = row.flags, row.slot >= 0
-    if row.type in (Type.EMULATE, Type.SPTE):
-        return bool(flags & PRESENT)
-    if row.type == Type.FAULT:
-        return bool(flags & (BELIEVED | STUCK))
-    if row.type == Type.FAULTIN:
-        return row.slot >= SLOT_TSS
-    if row.type == Type.FILL:
-        return memory or bool(flags & SMM)
-    if row.type == Type.MATCH:
-        stale = flags & (SMM_SEEN | IS_CURRENT) == SMM_SEEN
-        return memory or stale or bool(flags & OTHER_AS)
-    if row.type in (Type.CACHE, Type.MMIO):
-        return memory
-    return True

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmprobe.probes.schema import SLOT_APIC, SLOT_IDENTITY, SLOT_TSS
-from tests.model.kernel import APIC_GFN, PFN_ERROR, Change, Fate, How, Kind, Slot, Vcpu, Vm
+from tests.model.kernel import Fate, How, Vcpu
+from tests.model.memslots import Change, Kind, Slot, Vm
 from tests.model.probes import Probes
-from tests.model.truth import Truth
+from tests.model.truth import APIC_GFN, PFN_ERROR, Truth
 
 TSS_GFN, IDENTITY_GFN = 0xFFFBD, 0xFFFBC
 RAM, ROM, SMRAM, NORMAL_RAM, HOLE, LATER = 0x180, 0xF0, 0xA0, 0xC0, 0x300, 0x400
@@ -28,7 +29,7 @@ AGES = (0, 0, 1, 5, (1 << 18) - 4, (1 << 19) - 3, (1 << 52) - 1, (1 << 61) + 3)
 
 
 def random_kind(random: Random) -> Kind:
-    """Choose a kind of kernel and host; one in twelve has a fault that no kernel is known to have."""
+    """Choose a kind of kernel and host; one in twelve has a fault that no kernel has."""
     invented = random.randrange(24)
     hides = random.random() < 0.5
     kind = Kind(
@@ -40,8 +41,9 @@ def random_kind(random: Random) -> Kind:
         mmio_caching=random.random() < 0.8,
         address_spaces=1 + (random.random() < 0.6),
         first_pfn=0 if hides else PFN_ERROR,
-        hides_from_l1=invented == 0,
     )
+    if invented == 0:
+        return replace(kind, hides_from_l1=True, address_spaces=1)
     if invented == 1:  # by itself, so that nothing else explains what it does
         return replace(kind, keeps_entries=True, address_spaces=1)
     return kind

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Known gaps: streams that the model made, of which rules or probes say too much or too little.
+"""Streams that the model made, of which rules or probes once said too much or too little.
 
-Each is an expected failure; when it is closed the test passes, which fails here, and its name goes
-from `check.gap` and from docs/proof.md.
+An expected failure is a gap that is known and still open: docs/proof.md tells of it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ import pytest
 
 from kvmprobe.probes.schema import SLOT_TSS
 from tests.model.check import say
-from tests.model.kernel import Change, Fate, How, Result, Slot
+from tests.model.kernel import Fate, How, Result
+from tests.model.memslots import Change, Slot
 from tests.model.probes import Probes
 from tests.model.test_model_tables import K6_1_192, K6_12_107, K6_12_117, Rig, X
 
@@ -29,7 +29,6 @@ def tss(as_id: int) -> Change:
     return Change(as_id, None, Slot(SLOT_TSS, TSS, 3))
 
 
-@pytest.mark.xfail(reason="introduce() doesn't say SMM_SEEN of a vCPU that is in SMM")
 def test_first_sight_in_smm() -> None:
     """The legacy window is MMIO outside SMM and memory in SMM; the recording begins in an SMI."""
     probes = Probes(start=1 << 30)
@@ -40,7 +39,6 @@ def test_first_sight_in_smm() -> None:
     assert findings(rig) == []
 
 
-@pytest.mark.xfail(reason="a FILL convicts whatever its generation")
 @pytest.mark.parametrize("l2", [False, True])
 def test_late_fill(l2: bool) -> None:
     """Tracepoints only: a hole's fill is seen at the next entry, and the TSS lies there by then."""
@@ -53,7 +51,6 @@ def test_late_fill(l2: bool) -> None:
     assert findings(rig) == []
 
 
-@pytest.mark.xfail(reason="rules of the internal-slot fault don't ask whether SMM explains the entry")
 def test_internal_slot_by_smm() -> None:
     """KVM makes its slot in one address space after the other; in between SMM fills the cache."""
     rig = Rig(K6_12_107, (0, ROOM), (1, ROOM))
@@ -66,7 +63,6 @@ def test_internal_slot_by_smm() -> None:
     assert [f.rule.id for f in said.findings if f.rule.fault == "internal-slot"] == []
 
 
-@pytest.mark.xfail(reason="a belief in SMM is told of without asking which generation KVM compares")
 def test_belief_in_smm_on_a_kernel_without_the_smm_fault() -> None:
     """L2's entry is dead in SMM: the reserved-bit fault of L1 is answered with memory."""
     rig = Rig(K6_1_192, (0, ROOM), (1, ROOM))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Random runs of the model: the detector says what happened, whole or with losses.
 
-KVMPROBE_MODEL_RUNS: how many plain runs (default: what CI has time for).  KVMPROBE_MODEL_SEED: their
-seed.  A nightly size is `python -m tests.model.campaign --runs 1000000`.
+KVMPROBE_MODEL_RUNS: how many plain runs (default: what CI has time for).  KVMPROBE_MODEL_SEED:
+their seed.  A nightly size is `python -m tests.model.campaign --runs 1000000`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from kvmprobe.analysis import jit
 from tests.model.campaign import Tally, campaign, equal_when_compiled, examine, make
 from tests.model.check import say, with_losses
-from tests.model.kernel import Vcpu, Vm
+from tests.model.kernel import Vcpu
+from tests.model.memslots import Vm
 from tests.model.probes import Probes
 from tests.model.runs import random_kind, random_run
 from tests.model.truth import Truth, What
 
-RUNS = int(os.environ.get("KVMPROBE_MODEL_RUNS", "4000"))
+RUNS = int(os.environ.get("KVMPROBE_MODEL_RUNS", "2000"))
 SEED = int(os.environ.get("KVMPROBE_MODEL_SEED", "1"))
 PARTS = 8
 
@@ -45,7 +46,7 @@ def test_long_runs() -> None:
 @given(st.randoms(use_true_random=False))
 @settings(
     max_examples=max(RUNS // 40, 1),
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+    suppress_health_check=list(HealthCheck),
     derandomize=True,
 )
 def test_what_hypothesis_finds(random: Random) -> None:

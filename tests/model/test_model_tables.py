@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The step tables of real kernels, row by row: the model must give what those kernels gave.
 
-Sources: recorded runs of unmodified Debian kernels (docs/proof.md names them).  "own" is the page of
-a slot of KVM's own; X is RAM only in SMM, Y only outside, Z nowhere at first, W nowhere ever.
+Sources: recorded runs of unmodified Debian kernels (docs/proof.md names them).  X is RAM only in
+SMM, Y only outside, Z nowhere at first, W nowhere ever.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import pytest
 
 from kvmprobe.probes.schema import SLOT_IDENTITY, SLOT_TSS, Flag, Site, Type
 from tests.model.check import problems, say
-from tests.model.kernel import Change, How, Kind, Result, Slot, Vcpu, Vm
+from tests.model.kernel import How, Result, Vcpu
+from tests.model.memslots import Change, Kind, Slot, Vm
 from tests.model.probes import Probes
 from tests.model.runs import Run
 from tests.model.truth import Truth, What
@@ -84,7 +85,9 @@ AMD_COLUMNS = ((K6_1_192, False, 4), (K6_1_192, True, 5), (K6_12_107, False, 6),
                (K6_12_107, True, 6))  # fmt: skip
 
 
-def own_slot(number: int = SLOT_TSS, gpa: int = OWN, pages: int = 3) -> tuple[tuple[int, Slot], ...]:
+def own_slot(
+    number: int = SLOT_TSS, gpa: int = OWN, pages: int = 3
+) -> tuple[tuple[int, Slot], ...]:
     return tuple((as_id, Slot(number, gpa >> 12, pages)) for as_id in (0, 1))
 
 
@@ -251,7 +254,7 @@ def test_smm_table(kind: Kind, variant: str) -> None:
                 assert by_gva == (variant == "shadow")
         if step == "V3":
             assert rig.vcpu.cache.gen == (rig.vm.gens[0 if kind.as0_generation else 1])
-    both = [s for s in BELIEVED_BY_BOTH]
+    both = list(BELIEVED_BY_BOTH)
     if kind.as0_generation:
         both += [s for s in BELIEVED_BY_VULNERABLE
                  if variant != "no mmio_caching" or s not in WITHOUT_SPTES]  # fmt: skip

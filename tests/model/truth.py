@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from kvmprobe.probes.schema import SLOT_APIC, SLOT_IDENTITY, SLOT_TSS
 
 if TYPE_CHECKING:
-    from tests.model.kernel import Slot, Vcpu
+    from tests.model.kernel import Vcpu
+    from tests.model.memslots import Slot
 
 HIDDEN_SLOTS = (SLOT_TSS, SLOT_IDENTITY)
 APIC_GFN = 0xFEE00
@@ -36,7 +37,7 @@ class What(Enum):
 
 @dataclass(frozen=True)
 class Happening:
-    """Something that happened; `clean`: no memslot changed around it, so nothing about it is open."""
+    """Something that happened; `clean`: no memslot changed around it, so nothing is open."""
 
     what: What
     vm: int
@@ -85,7 +86,8 @@ class Truth:
         if slot is None or vcpu.l2 or self._other_cause(vcpu, slot):
             return
         if cache.gen == vcpu.generation:
-            self.note(What.ARMED, vcpu, cache.gfn, slot)
+            who = vcpu.vm.kvm, vcpu.id
+            self.note(What.ARMED, vcpu, cache.gfn, slot, clean=self._explained(who))
         elif vcpu.smm and cache.gen == vcpu.vm.gens[0]:
             # Live on a kernel with the SMM fault and not on this one: no single look can tell.
             self.note(What.ARMED, vcpu, cache.gfn, slot, clean=False)
@@ -93,6 +95,10 @@ class Truth:
     def _other_cause(self, vcpu: Vcpu, slot: Slot) -> bool:
         """A slot of KVM's own came after the fill: what follows isn't the internal-slot fault."""
         return slot.id in HIDDEN_SLOTS and not self.hidden_then.get((vcpu.vm.kvm, vcpu.id))
+
+    def _explained(self, who: tuple[int, int]) -> bool:
+        """Whether a recording can tell that SMM has no part in a vCPU's entry."""
+        return who not in self.smm_seen or who in self.fill_seen
 
     def resolved(self, vcpu: Vcpu, gfn: int, slot: Slot | None, pfn: int) -> None:
         """A fault found `slot`, and was then given `pfn`."""
@@ -133,7 +139,7 @@ class Truth:
             return
         slot = memory(vcpu, gfn)
         if slot is not None and not self._other_cause(vcpu, slot):
-            self.note(What.MISREAD, vcpu, gfn, slot)
+            self.note(What.MISREAD, vcpu, gfn, slot, clean=self._explained(who))
         if not vcpu.smm and self.filled_in.get(who, 0) == 0:
             return
         stale = vcpu.cache.gen != vcpu.vm.gens[vcpu.as_id]
@@ -141,15 +147,15 @@ class Truth:
             what = What.MIXED_UP if slot else What.HARMLESS
             self.note(what, vcpu, gfn, slot, clean=stale or who in self.fill_seen)
 
-    def emulated(self, vcpu: Vcpu, gfn: int, believed: bool, write: bool) -> None:
-        """An operand became MMIO."""
+    def emulated(self, vcpu: Vcpu, gfn: int, believed: bool, write: bool, answered: bool) -> None:
+        """An operand became MMIO; `answered`: a device in the kernel had the data to read."""
         slot = vcpu.find(gfn)
         if slot is None or slot.invalid:
             return
         if gfn == APIC_GFN:
             if vcpu.l2 and slot.id == SLOT_APIC:
                 self.note(What.APIC, vcpu, gfn, slot)
-        elif not believed and not (write and slot.readonly):
+        elif not believed and not answered and not (write and slot.readonly):
             self.note(What.UNEXPLAINED, vcpu, gfn, slot)
 
     def overwrote(self, vcpu: Vcpu, gfn: int) -> None:
