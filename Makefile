@@ -13,7 +13,7 @@ CAPTURE := tests/data/golden/lab-6.1-intel.kvmprobe
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint types unit live packaging lab coverage bench lock \
+.PHONY: help setup demo test check lint types unit model live packaging lab coverage bench lock \
 	install uninstall clean
 
 help: ## Show this list
@@ -25,7 +25,7 @@ setup: ## Install missing Debian packages (asks sudo), make .venv with everythin
 demo: setup ## Record this host's KVM with a tiny guest as the load, then analyze; then a real capture with the fault
 	@tools/demo $(CAPTURE)
 
-test: setup unit live packaging ## Run all tests (live ones as root: asks sudo)
+test: setup unit model live packaging ## Run all tests (live ones as root: asks sudo)
 
 check: lint types unit ## Lint, types and unit tests: what to run before a commit, within 3 minutes
 
@@ -39,6 +39,9 @@ types: setup ## Run mypy --strict on the program and on its tests
 
 unit: setup ## Run the tests that need neither root nor KVM
 	@tools/stage unit $(RUN) pytest -rfEs tests/unit
+
+model: setup ## Hold the detector against a reference model of KVM's MMIO cache
+	@tools/stage model $(RUN) pytest -rfEs tests/model tests/lab/test_lab_parts.py
 
 live: setup ## Run the tests that record this machine's KVM (as root: asks sudo)
 	@tools/stage live tools/live
