@@ -8,6 +8,7 @@ project.
 
 import argparse
 import json
+import shlex
 import shutil
 import signal
 import sys
@@ -145,12 +146,13 @@ def compare(out: Path) -> tuple[list[str], list[str]]:
     return seen, wrong
 
 
-def _script(seconds: float) -> str:
+def _script(seconds: float, tests: list[str]) -> str:
+    names = shlex.join(tests)
     run = "python3 /lab/selftests_inside.py /lab/selftests"
     capture = "/out/selftests.kvmprobe"
     return (
-        f"{run} /out/before.json {seconds}\n"
-        f"kvmprobe record -o {capture} -- {run} /out/recorded.json {seconds}\n"
+        f"{run} /out/before.json {seconds} {names}\n"
+        f"kvmprobe record -o {capture} -- {run} /out/recorded.json {seconds} {names}\n"
         f"kvmprobe analyze --json {capture} >/out/analysis.json\n"
     )
 
@@ -161,6 +163,7 @@ def main() -> int:
     parser.add_argument("--kernel", default="6.1")
     parser.add_argument("--vendor", default="amd", choices=sorted(EMULATORS))
     parser.add_argument("--seconds", type=float, default=20.0, help="limit of each (default 20)")
+    parser.add_argument("tests", nargs="*", metavar="TEST", help="default: all that compile")
     parser.add_argument("--memory", type=int, default=2048, help="MiB")
     parser.add_argument("--code", type=Path, help="checkout to run (default: this)")
     parser.add_argument("--results", type=Path, help="folder for captures, output and console")
@@ -175,7 +178,7 @@ def main() -> int:
             kernel,
             get_root(release),
             arguments.vendor,
-            _script(arguments.seconds),
+            _script(arguments.seconds, arguments.tests),
             code=(arguments.code or CHECKOUT).resolve(),
             extra={"selftests": programs, _INSIDE.name: _INSIDE},
             memory=arguments.memory,
