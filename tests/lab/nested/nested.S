@@ -115,8 +115,8 @@ forced_sidt:				/* a store that KVM emulates without asking its cache */
 	sidt	(%rbx)
 	outb	%al, $DONE
 	jmp	next
-spin:
-	pause
+spin:					/* with exits: Bochs takes no interrupt in a loop without */
+	outb	%al, $DONE
 	jmp	spin
 
 run_l2:					/* at %r8; its %al goes to LOADED */
