@@ -3,9 +3,9 @@
  * FAULT and FAULTIN, and the fill made by the no-slot function: what kvm_mmu_page_fault() was asked,
  * which memslot it found, and how it ended.
  *
- * Every function is probed at entry and exit.  The thread remembers an open entry; an entry that
- * finds one open counts an exit that was missed (kretprobes exhausted, or a program skipped because
- * another BPF program ran on that CPU).
+ * Every function is probed at entry and exit.  The thread remembers an open entry; one that is still
+ * open at the next entry, or when the thread enters the guest, counts an exit that was missed
+ * (kretprobes exhausted, or a program skipped because another BPF program ran on that CPU).
  */
 
 #define PFERR_RSVD (1 << 3)         /* PFERR_RSVD_MASK */

@@ -35,9 +35,13 @@ static __always_inline int on_entry(u64 vcpu)
 {
 	struct now n = {};
 	int answer = arrive(&n, vcpu, KVMPROBE_AT_ENTRY, 0);
+	struct thread_state *thread;
 
 	if (answer)
 		return answer;
+	thread = current_thread();
+	if (thread)
+		count_missed_exits(thread);
 	sample_cache(&n, KVMPROBE_AT_ENTRY);
 	return 0;
 }

@@ -150,6 +150,18 @@ static __always_inline void send(struct kvmprobe_event *e)
 	events.ringbuf_submit(record, BPF_RB_NO_WAKEUP);
 }
 
+/* A function's exit that is still open when its thread enters the guest was missed. */
+static __always_inline void count_missed_exits(struct thread_state *thread)
+{
+	if (thread->fault_ts)
+		count(KVMPROBE_LOST_EXIT, KVMPROBE_FAULT);
+	if (thread->faultin)
+		count(KVMPROBE_LOST_EXIT, KVMPROBE_FAULTIN);
+	if (thread->noslot)
+		count(KVMPROBE_LOST_EXIT, KVMPROBE_FILL);
+	thread->fault_ts = thread->faultin = thread->noslot = 0;
+}
+
 /* Start an event of a vCPU that may come to nothing: it has no seq yet. */
 static __always_inline void start(struct kvmprobe_event *e, struct vcpu_state *st, u8 type, u8 site)
 {

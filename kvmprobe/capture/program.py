@@ -57,7 +57,7 @@ class Program:
         self._bcc = bcc
         self._bpf: Any = None
         self._loaded: dict[str, Attachment] = {}
-        self._attached: list[tuple[str, str]] = []
+        self._attached: list[tuple[str, str, str]] = []
         with _compiler_headers(kernel_headers), captured_stderr() as said:
             try:
                 self._bpf = _bpf_class(bcc)(text=text.encode())
@@ -140,19 +140,22 @@ class Program:
                     self._bpf.attach_raw_tracepoint(tp=event, fn_name=function)
             except Exception as error:
                 raise AttachError(target, f"not attached: {_first_line(said(), error)}") from None
-        self._attached.append((kind, target))
+        self._attached.append((name, kind, target))
 
     def detach(self) -> None:
         """Detach everything, in reverse order; the maps stay readable."""
-        for kind, target in reversed(self._attached):
-            event = target.encode()
+        for name, kind, target in reversed(self._attached):
+            function, event = name.encode(), target.encode()
             if kind == "kprobe":
                 self._bpf.detach_kprobe(event)
             elif kind == "kretprobe":
                 self._bpf.detach_kretprobe(event)
-            elif kind == "raw_tracepoint":
+            elif kind == "kfunc":
+                self._bpf.detach_kfunc(fn_name=function)
+            elif kind == "kretfunc":
+                self._bpf.detach_kretfunc(fn_name=function)
+            else:
                 self._bpf.detach_raw_tracepoint(event)
-            # fentry and fexit programs have nothing but their descriptors, which close() closes
         self._attached = []
 
     def close(self) -> None:
