@@ -106,10 +106,10 @@ def script() -> str:
 
 
 def read_parts(output: str) -> dict[str, str]:
-    """Split the guests' output into PARTS; LabError unless they are all there."""
+    """Split the guests' output into those of PARTS that were run; LabError if none or another."""
     _, *pieces = re.split(r"^part (.*?)\r?$", output, flags=re.M)
     parts = dict(zip(pieces[::2], pieces[1::2], strict=True))
-    if set(parts) != set(PARTS):
+    if not parts or not set(parts) <= set(PARTS):
         raise LabError(f"the recording has the parts {', '.join(parts) or '(none)'}")
     return parts
 
@@ -117,6 +117,13 @@ def read_parts(output: str) -> dict[str, str]:
 def read_pids(output: str) -> dict[str, int]:
     """Return the process of each VM, by the name the guests printed."""
     return {name: int(pid) for name, pid in re.findall(r"^vm (\S+) (\d+)\r?$", output, re.M)}
+
+
+def was_storm(text: str) -> bool:
+    """Whether the storm guest came to 100 changes in enough seconds; a busy machine does not."""
+    found = re.search(r"^changes ([\d ]+)", text, re.M)
+    seconds = [int(each) >= 100 for each in found[1].split()] if found else []
+    return sum(seconds) >= len(seconds) - 1 > 5
 
 
 @dataclass(frozen=True)
@@ -210,14 +217,15 @@ def judge(known: Known, output: str, capture: Path, document: dict[str, Any]) ->
         expected_rules = {
             "present": [OVERWRITE] if known.overwrite else [],
             "control": [],
-            STORM_VM: [STORM],
+            STORM_VM: [STORM] if was_storm(text) else [],
         }
         for vm, wanted in expected_rules.items():
             if vm in PARTS[part]:
                 yield _cell(part, f"{vm}: rules", wanted, sorted(rules.get(pids[vm], ())))
+    overwritten = known.overwrite and "part shadow paging" in output
     verdicts = {
         "address-space": VULNERABLE if known.mixup else FIXED,
-        OVERWRITE: VULNERABLE if known.overwrite else NOT_EXERCISED,
+        OVERWRITE: VULNERABLE if overwritten else NOT_EXERCISED,
     }
     for fault, verdict in verdicts.items():
         yield Cell("verdict", fault, verdict, document["verdicts"][fault]["verdict"])
