@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvmprobe.analysis.run import analyze
-from kvmprobe.probes.schema import Flag, Type, rows
+from kvmprobe.probes.schema import Flag, SpteChange, Type, rows
 from kvmprobe.store.reader import CaptureReader
 from tests.lab.siblings import (
     KERNELS,
@@ -29,6 +29,7 @@ GOLDEN = Path(__file__).parents[1] / "data/golden"
 CAPTURES = {
     "siblings-6.12.107": "linux-image-6.12.107+deb13-amd64",
     "siblings-6.12.117": "linux-image-6.12.117+deb13-amd64",
+    "siblings-6.18.12": "linux-image-6.18.12+deb13-amd64",
 }
 NESTED, SHADOW = PARTS
 
@@ -87,6 +88,15 @@ def test_verdict_comes_before_any_misread() -> None:
     found = list(convictions(capture_of(stem), read_pids(output)["reverse"], guest_rows))
     assert found[0] == ("V3", "address-space-generation")
     assert [row for row, rule in found if rule == "address-space-mixup"] == ["V5", "V6"]
+
+
+def test_overwritten_entry_was_present_and_the_control_was_not() -> None:
+    present = {}
+    for vm in ("present", "control"):
+        events = events_of("siblings-6.18.12", SHADOW, vm)
+        marked = events[(events["type"] == Type.SPTE) & (events["kind"] == SpteChange.MARKED)]
+        present[vm] = [bool(flags & Flag.PRESENT) for flags in marked["flags"].tolist()]
+    assert present == {"present": [True], "control": [False]}
 
 
 @pytest.mark.parametrize("part", PARTS)
