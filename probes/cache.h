@@ -99,6 +99,12 @@ static __always_inline int read_cache(struct mmio_cache *c, u64 vcpu, u8 type)
 	return 0;
 }
 
+/* KVM writes nothing into the cache while memslots change: what is there may be the entry of before. */
+static __always_inline int updating(const struct now *n)
+{
+	return (n->slots.gen | n->gen0) >> 63;
+}
+
 /* Whether the cache's entry was filled in the other address space: known only of the entry last sampled. */
 static __always_inline u32 compare_fill(const struct now *n, const struct mmio_cache *c)
 {
@@ -164,7 +170,7 @@ static __always_inline void sample_cache(struct now *n, u8 site)
 		if (!sure)
 			e.flags &= ~(KVMPROBE_F_LEVEL_KNOWN | KVMPROBE_F_L2 | KVMPROBE_F_AS_KNOWN |
 				     KVMPROBE_F_SMM);
-		st->filled_in = sure ? n->smm + 1 : 0;
+		st->filled_in = sure && (changed || !updating(n)) ? n->smm + 1 : 0;
 	} else {
 		e.flags |= compare_fill(n, &c);
 	}

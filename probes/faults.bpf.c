@@ -291,7 +291,7 @@ static __always_inline int on_noslot_exit(s32 ret)
 	if (c.gfn != thread->noslot_gfn)
 		return 0;
 	begin(&e, n.st, KVMPROBE_FILL, KVMPROBE_AT_NOSLOT);
-	n.st->filled_in = n.smm + 1;
+	n.st->filled_in = updating(&n) ? 0 : n.smm + 1;
 	fill_in_cache(&e, &n, &c);
 	remember_sample(&n, &c);
 	send(&e);

@@ -138,6 +138,11 @@ class Probes:
         row.slot, row.flags = slot.id if slot else -1, row.flags | flags
         st.memo = None if flags & UNSTABLE else (key, row.slot, flags)
 
+    @staticmethod
+    def _updating(vcpu: Vcpu, now: int) -> bool:
+        """updating()"""
+        return bool((now | vcpu.vm.gens[0]) & IN_PROGRESS)
+
     def _in_cache(self, row: Row, vcpu: Vcpu, st: VcpuState, now: int) -> None:
         cache = vcpu.cache
         row.addr, row.value, row.gen = cache.gfn << 12, cache.gva, cache.gen
@@ -165,7 +170,8 @@ class Probes:
             sure = sure and bool(st.refill or st.exits <= st.sampled_exits + 1)
             if not sure:
                 row.flags &= ~(LEVEL_KNOWN | L2 | AS_KNOWN | SMM)
-            st.filled_in = vcpu.as_id if sure else None
+            known = sure and (changed or not self._updating(vcpu, now))
+            st.filled_in = vcpu.as_id if known else None
         else:
             row.flags |= self._compare_fill(vcpu, st)
         self._in_cache(row, vcpu, st, now)
@@ -461,7 +467,7 @@ class Probes:
         if vcpu.cache.gfn != gfn:
             return
         row = self._begin(st, Type.FILL, Site.NOSLOT)
-        st.filled_in = vcpu.as_id
+        st.filled_in = None if self._updating(vcpu, now) else vcpu.as_id
         self._in_cache(row, vcpu, st, now)
         self._remember(vcpu, st, now)
         self._send(row)

@@ -90,7 +90,6 @@ def test_fill_found_by_difference_after_quiet_samples() -> None:
     assert "internal-slot-fill" in findings(rig)
 
 
-@pytest.mark.xfail(reason="a fill that KVM skipped is taken for a fill of the same page")
 def test_fill_that_was_skipped() -> None:
     """In SMM nothing is written while memslots change: the entry is still the one made outside."""
     rig = Rig(K6_12_117, (0, ROOM), (1, ROOM))
