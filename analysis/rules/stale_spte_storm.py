@@ -52,7 +52,7 @@ RULE = Rule(
     severity_reason="It costs time and harms no data: KVM does what the VMM asks for.",
     source=(
         "check_mmio_spte() calls an MMIO SPTE stale whose generation isn't the current one; "
-        "generations from kvm_arch_memslots_updated(); derived from the source, not reproduced"
+        "generations from kvm_arch_memslots_updated(); reproduced on Debian kernels 6.1 to 6.18"
     ),
     proves=(
         "The memslot generation of one VM moved at least 100 times in each of 5 seconds in a row. "
