@@ -110,6 +110,8 @@ def _ioc(direction: int, number: int, size: int = 0) -> int:
 GET_API_VERSION = _ioc(_NONE, 0x00)
 CREATE_VM = _ioc(_NONE, 0x01)
 GET_VCPU_MMAP_SIZE = _ioc(_NONE, 0x04)
+# The size counts only the head of struct kvm_cpuid2, not the entries behind it.
+GET_SUPPORTED_CPUID = _ioc(_READ | _WRITE, 0x05, 8)
 CREATE_VCPU = _ioc(_NONE, 0x41)
 SET_USER_MEMORY_REGION = _ioc(_WRITE, 0x46, ctypes.sizeof(MemoryRegion))
 SET_TSS_ADDR = _ioc(_NONE, 0x47)
@@ -120,6 +122,7 @@ GET_REGS = _ioc(_READ, 0x81, ctypes.sizeof(Registers))
 SET_REGS = _ioc(_WRITE, 0x82, ctypes.sizeof(Registers))
 GET_SREGS = _ioc(_READ, 0x83, ctypes.sizeof(SpecialRegisters))
 SET_SREGS = _ioc(_WRITE, 0x84, ctypes.sizeof(SpecialRegisters))
+SET_CPUID2 = _ioc(_WRITE, 0x90, 8)
 # The size counts only the length field of struct kvm_signal_mask, not the mask behind it.
 SET_SIGNAL_MASK = _ioc(_WRITE, 0x8B, 4)
 
@@ -164,7 +167,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
 
 
-def call(fd: int, request: int, argument: int | bytes | Structure, what: str) -> int:
+def call(fd: int, request: int, argument: int | bytes | bytearray | Structure, what: str) -> int:
     """Make one ioctl and return its value; a struct is filled in place.
 
     Raises GuestError with `what` failed and why.

@@ -22,6 +22,8 @@ IOCTLS = (
         "GET_VCPU_MMAP_SIZE",
         "CREATE_VCPU",
         "CREATE_IRQCHIP",
+        "GET_SUPPORTED_CPUID",
+        "SET_CPUID2",
         "SET_USER_MEMORY_REGION",
     ),
     *("SET_TSS_ADDR", "SET_IDENTITY_MAP_ADDR", "RUN", "GET_REGS", "SET_REGS", "GET_SREGS"),
@@ -86,8 +88,9 @@ def test_assembled_guest_is_its_source(source: Path, tmp_path: Path) -> None:
     if shutil.which("as") is None or shutil.which("ld") is None:
         pytest.skip("as or ld (package binutils) is missing")
     object_file, binary = tmp_path / "guest.o", tmp_path / "guest.bin"
-    subprocess.run(["as", "--32", "-o", object_file, source], check=True)
-    link = ["ld", "-m", "elf_i386", "-Ttext=0x1000", "-e", "round", "--oformat", "binary"]
+    bits, target = ("64", "elf_x86_64") if ".code64" in source.read_text() else ("32", "elf_i386")
+    subprocess.run(["as", f"--{bits}", "-o", object_file, source], check=True)
+    link = ["ld", "-m", target, "-Ttext=0x1000", "-e", "0x1000", "--oformat", "binary"]
     subprocess.run([*link, "-o", binary, object_file], check=True)
     assert binary.read_bytes() == source.with_suffix(".bin").read_bytes()
 
