@@ -31,6 +31,8 @@ class Scenario:
     `seen_late`: L2 did so before the recording began, which internal-slot-armed must show.
     `beside`: the steps of a second VM at the same time, in which nothing may be found.
     `apic`: KVM emulates L2's access of the APIC access page, on Intel.
+    `toggled`: the load guest instead, with these options, and a thread that makes and deletes a
+    memslot where its vCPUs do MMIO: nothing may be found, and lookups must be seen UNSTABLE.
     """
 
     name: str
@@ -44,6 +46,12 @@ class Scenario:
     beside: str = ""
     apic: bool = False
     seen_late: bool = False
+    toggled: bool = False
+
+    @property
+    def recording(self) -> str:
+        """Name of the recording it is in: "main", which most share, or one of its own."""
+        return self.name if self.seen_late or self.toggled else "main"
 
     @property
     def vms(self) -> tuple[str, ...]:
@@ -62,6 +70,9 @@ class Scenario:
         return "\n".join(lines) + "\n"
 
     def _command(self, vendor: str, name: str, steps: str) -> str:
+        if self.toggled:
+            load = f"echo vm {name} $$; exec python3 -m kvmprobe.guests.load {self.steps}"
+            return f"{{ sh -c {shlex.quote(load)} || echo failed {name}; }}"
         words = ["python3", "/lab/nested/nested.py", "--name", name, "--target", hex(self.target)]
         words += self.options.split()
         if vendor == "amd" and self.internal and "slot" not in steps.split():
@@ -174,6 +185,13 @@ SCENARIOS = (
         vendors=("amd",),
         hits=1,
         seen_late=True,
+    ),
+    Scenario(
+        "memslot-toggled",
+        "--vcpus 2 --pio 0 --ram 0 --flips 1000000 --seconds 60",
+        vendors=("amd",),
+        internal=False,
+        toggled=True,
     ),
 )
 
