@@ -3,7 +3,7 @@
 
 probes_inside.py missed CAPTURE        record with one kretprobe instance, which vCPU 0 holds
 probes_inside.py blocked               the load for it: vCPU 0 waits in a fault, vCPU 1 faults
-probes_inside.py second-tool SECONDS   another BPF tool on the same functions, until it is ended
+probes_inside.py second-tool           another BPF tool on the same functions, until /tmp/over
 probes_inside.py again TIMES BACKEND   attach and detach again and again; what is left
 """
 
@@ -135,10 +135,11 @@ int entry(struct pt_regs *ctx)
 """
 
 
-def second_tool(seconds: float) -> int:
+def second_tool() -> int:
     """Probe the functions kvmprobe probes, and read a big map all the time on every CPU.
 
-    While a process reads a map the kernel skips BPF programs of kprobes on its CPU.
+    While a process reads a map the kernel skips BPF programs of kprobes on its CPU.  It reads
+    from /tmp/go on, so that kvmprobe's own start has the processors to itself.
     """
     bcc = load_bcc().module
     with header_directory() as headers:
@@ -157,8 +158,9 @@ def second_tool(seconds: float) -> int:
     else:
         os.sched_setaffinity(0, {0})
     Path("/tmp/second-tool").touch()
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while not Path("/tmp/go").exists():
+        time.sleep(0.2)
+    while not Path("/tmp/over").exists():
         for _ in table.items_lookup_batch():
             pass
     return 0
@@ -227,8 +229,8 @@ if __name__ == "__main__":
             sys.exit(missed(capture))
         case ["blocked"]:
             sys.exit(blocked())
-        case ["second-tool", seconds]:
-            sys.exit(second_tool(float(seconds)))
+        case ["second-tool"]:
+            sys.exit(second_tool())
         case ["again", times, backend]:
             sys.exit(again(int(times), backend))
         case _:
