@@ -160,6 +160,12 @@ class Result:
         return f"{what} {there} {seen} {self.began} {self.ended}"
 
 
+def supported(machine: Machine) -> bool:
+    """Whether this KVM has SMM (KVM_CAP_X86_SMM); GuestError when it can't tell."""
+    what = "tell whether it has SMM"
+    return bool(kvm.call(machine._fd, CHECK_EXTENSION, CAP_X86_SMM, what))
+
+
 class Guest:
     """The guest in a machine of its own, waiting for its first command outside SMM.
 
@@ -167,7 +173,7 @@ class Guest:
     """
 
     def __init__(self, machine: Machine) -> None:
-        if not kvm.call(machine._fd, CHECK_EXTENSION, CAP_X86_SMM, "tell whether it has SMM"):
+        if not supported(machine):
             raise GuestError("this KVM has no SMM (KVM_CAP_X86_SMM)")
         self._machine = machine
         machine.set_tss_addr()
