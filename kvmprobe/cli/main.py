@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from kvmprobe import __version__
-from kvmprobe.cli import analyze, doctor, export, import_, info, record, rules
+from kvmprobe.cli import analyze, doctor, export, import_, info, record, rules, verify
 from kvmprobe.errors import KvmprobeError
 
 app = typer.Typer(
@@ -30,10 +30,15 @@ for command in (
     export.export,
     rules.rules,
     doctor.doctor,
+    verify.verify,
 ):
     app.command()(command)
 app.command("import")(import_.import_)
 
+
+#: Commands that answer by their exit status, 2 among the answers: their errors are 3 (unknown).
+_ANSWER_BY_STATUS = ("check", "verify")
+_UNKNOWN = 3
 
 _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
@@ -92,6 +97,8 @@ def _open_closed_streams() -> None:
 
 
 def _fail(message: str, status: int) -> int:
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), "") in _ANSWER_BY_STATUS:
+        status = _UNKNOWN
     # A name in it may hold a line break, or what a terminal takes for a command.
     line = "".join(c if c.isprintable() else "?" for c in message)
     print(f"kvmprobe: {line}", file=sys.stderr)
