@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`python tests/lab matrix`: every scenario on every kernel, vendor and backend, as a table."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -36,7 +35,8 @@ from tests.lab.scenarios import (
     Scenario,
     listed_kernels,
 )
-from tests.lab.vm import ROOMS, Emulator, Job, run_job, show_tail, stop_runs
+from tests.lab.vm import Emulator, Job, run_job, show_tail, stop_runs
+from tests.lab.wheel import get_installed, hash_files
 
 EMULATORS: dict[str, Emulator] = {"amd": qemu_command, "intel": bochs_command}
 #: "default" leaves the choice to kvmprobe; the others are forced by --backend.
@@ -222,7 +222,8 @@ def _prepare(boot: Boot, code: Path) -> Job:
 def _run_boot(boot: Boot, job: Job, folder: Path) -> str | None:
     """Run it, or take what an earlier run of the same left; return what went wrong, if anything."""
     what = [boot.kernel.folder.name, job.root.name, boot.vendor, job.kernel_options, job.command]
-    kept = cache_dir() / "results" / content_key(*what, _hash_code(job))
+    inside = hash_files(_LAB / "nested", _LAB / "slot", _LAB / "init.sh")
+    kept = cache_dir() / "results" / content_key(*what, get_installed(job.code).name, inside)
     name = f"{boot.kernel.package_version} {boot.vendor} {boot.backend} {boot.options}".rstrip()
     if kept.exists():
         if not folder.exists():
@@ -240,17 +241,6 @@ def _run_boot(boot: Boot, job: Job, folder: Path) -> str | None:
     kept.parent.mkdir(exist_ok=True)
     shutil.copytree(folder, kept)
     return None
-
-
-def _hash_code(job: Job) -> str:
-    """Return a hash of all that goes into the VM from checkouts."""
-    digest = hashlib.sha256()
-    rooms = [job.code / room for room in ROOMS]
-    for room in [*rooms, _LAB / "nested", _LAB / "slot", _LAB / "init.sh"]:
-        for path in sorted([room, *room.rglob("*")]):
-            if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(str(path.relative_to(room.parent)).encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def _judge(boot: Boot, folder: Path, code: Path, problem: str | None) -> Iterator[Cell]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmprobe import __version__
 from tests.lab import base, vm
 from tests.lab.base import LabError, MissingError, built
 from tests.lab.kernels import parse_spec
@@ -16,6 +17,7 @@ from tests.lab.mirror import Mirror, parse_uris
 from tests.lab.packages import _parse_depends
 from tests.lab.rootfs import make_disk
 from tests.lab.scenarios import FIXED, NOT_EXERCISED, SCENARIOS, VULNERABLE, listed_kernels
+from tests.lab.wheel import get_installed
 
 URIS = """\
 'https://packages.example.com/apt/dists/cloud-bookworm/InRelease' cloud_InRelease 0
@@ -105,6 +107,18 @@ def test_runs_of_other_threads_can_be_ended(
     (tmp_path / "serial").write_text("booting\n")
     with pytest.raises(LabError, match="stopped"):
         vm._watch(["sleep", "600"], tmp_path / "serial", tmp_path / "log", 600.0)
+
+
+def test_what_goes_into_a_vm_is_the_installed_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = get_installed(base.CHECKOUT)
+    assert (folder / "kvmprobe/probes/events.h").is_file()
+    assert (folder / "kvmprobe/analysis/detector.py").is_file()
+    assert [path.name for path in folder.glob("*.dist-info")] == [
+        f"kvmprobe-{__version__}.dist-info"
+    ]
 
 
 def test_a_disk_goes_in_and_comes_out(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ from tests.lab.base import (
 from tests.lab.initrd import get_initrd
 from tests.lab.kernels import Kernel
 from tests.lab.rootfs import make_disk
+from tests.lab.wheel import get_installed
 
 _INIT = Path(__file__).with_name("init.sh")
-ROOMS = ("kvmprobe", "probes", "analysis")
 # Room for results on the run's disk (sparse): kvmprobe wants 1 GiB to be left free.
 _RESULT_MEBIBYTES = 3072
 _POLL_SECONDS = 0.2
@@ -164,10 +164,7 @@ def _fill_disk(job: Job, tree: Path, disk: Path) -> None:
     (tree / "vendor").write_text(job.vendor + "\n")
     (tree / "command").write_text(job.command + "\n")
     ignore = shutil.ignore_patterns("__pycache__")
-    (tree / "code").mkdir()
-    for room in ROOMS:
-        if (job.code / room).is_dir():
-            shutil.copytree(job.code / room, tree / "code" / room, symlinks=True, ignore=ignore)
+    shutil.copytree(get_installed(job.code), tree / "code")
     shutil.copytree(job.kernel.modules.parent, tree / "modules")
     for name, source in job.extra.items():
         if source.is_dir():
