@@ -185,13 +185,10 @@ def run_boots(boots: Sequence[Boot], results: Path, code: Path, jobs: int) -> It
     A boot whose code, kernel and scenarios are those of an earlier one isn't repeated: so a matrix
     that was broken off goes on where it was.  MissingError when something isn't to be had here.
     """
-    # What they share is made one after the other, before anything is waited for in parallel.
-    prepared = [_prepare(boot, code) for boot in boots]
+    # The wheel is one for all; roots are made by the boots that need them, beside other boots.
+    get_installed(code)
     with ThreadPoolExecutor(jobs) as pool:
-        runs = [
-            pool.submit(_run_boot, boot, job, results / boot.folder)
-            for boot, job in zip(boots, prepared, strict=True)
-        ]
+        runs = [pool.submit(_run_boot, boot, code, results / boot.folder) for boot in boots]
         try:
             for boot, run in zip(boots, runs, strict=True):
                 yield from _judge(boot, results / boot.folder, code, run.result())
@@ -219,8 +216,12 @@ def _prepare(boot: Boot, code: Path) -> Job:
     )
 
 
-def _run_boot(boot: Boot, job: Job, folder: Path) -> str | None:
-    """Run it, or take what an earlier run of the same left; return what went wrong, if anything."""
+def _run_boot(boot: Boot, code: Path, folder: Path) -> str | None:
+    """Run it, or take what an earlier run of the same left; return what went wrong, if anything.
+
+    MissingError when the lab can't be made here.
+    """
+    job = _prepare(boot, code)
     what = [boot.kernel.folder.name, job.root.name, boot.vendor, job.kernel_options, job.command]
     inside = hash_files(_LAB / "nested", _LAB / "slot", _LAB / "init.sh")
     kept = cache_dir() / "results" / content_key(*what, get_installed(job.code).name, inside)
