@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +66,8 @@ class Detector:
         self._used = 0
         self._causes = np.zeros(_FIRST_CAPACITY, EVENT)
         self._evidence: dict[tuple[int, int], _Evidence] = {}
-        self._acquittals = np.zeros(len(RULES), np.uint64)
-        self._acquitting: dict[int, np.void] = {}
+        self._acquitting: dict[tuple[int, int], np.void] = {}  # VM, rule: the first
+        self._acquitted: Counter[tuple[int, int]] = Counter()  # of VMs without a place
 
     @property
     def compiled(self) -> bool:
@@ -118,11 +119,22 @@ class Detector:
         return sorted(found, key=lambda f: (*f.order, rank[f.rule.id]))
 
     def acquittals(self) -> list[Acquittal]:
-        """Return the proofs of a right kernel seen so far, in the order of the rules."""
+        """Return the proofs of a right kernel seen so far, in the order of the rules and VMs."""
+        counts = self._acquitted + self._counted_acquittals(np.arange(self._used))
         return [
-            Acquittal(RULES[r], first, int(self._acquittals[r]))
-            for r, first in sorted(self._acquitting.items())
+            Acquittal(RULES[r], vm, first, counts[vm, r])
+            for (vm, r), first in sorted(self._acquitting.items(), key=lambda kv: kv[0][::-1])
         ]
+
+    def convicted(self, vm: int) -> bool:
+        """Whether there is a finding about a VM."""
+        return any(int(self._places.key[place]) >> 16 == vm for place, _ in self._evidence)
+
+    def forget(self, vm: int) -> None:
+        """Drop what is known of a VM that is gone, but for its findings."""
+        for r in range(len(RULES)):
+            self._acquitting.pop((vm, r), None)
+            self._acquitted.pop((vm, r), None)
 
     def _compile_when_due(self) -> None:
         if self._compile_after is not None and self._stepped >= self._compile_after:
@@ -153,7 +165,6 @@ class Detector:
 
     def _collect(self, columns: Columns, chosen: NDArray[np.intp], out: steps.Out) -> None:
         """Take evidence out of the batch, and the causes that later events may cite."""
-        self._acquittals += out.acquittals
         shown = np.flatnonzero(out.keep | out.acquit)
         for r in range(len(RULES) if len(shown) else 0):
             bit = np.uint64(1 << r)
@@ -198,9 +209,18 @@ class Detector:
             self._evidence[key].rows.append(rows[own])
 
     def _acquit(self, r: int, row: np.void) -> None:
-        known = self._acquitting.get(r)
+        of = int(row["vm"]), r
+        known = self._acquitting.get(of)
         if known is None or _order(row) < _order(known):
-            self._acquitting[r] = row.copy()
+            self._acquitting[of] = row.copy()
+
+    def _counted_acquittals(self, places: NDArray[np.intp]) -> Counter[tuple[int, int]]:
+        """Return the acquittals counted at these places, by (VM, rule)."""
+        counts = self._places.acquittals[places]
+        total: Counter[tuple[int, int]] = Counter()
+        for i, r in np.argwhere(counts).tolist():
+            total[int(self._places.key[places[i]]) >> 16, r] += int(counts[i, r])
+        return total
 
     def _make_room(self) -> None:
         self._move(np.arange(self._used), 2 * len(self._places.key))
@@ -219,6 +239,10 @@ class Detector:
             self._move(kept, max(_FIRST_CAPACITY, 2 * len(kept)))
 
     def _move(self, keep: NDArray[np.intp], capacity: int) -> None:
+        dropped = np.setdiff1d(np.arange(self._used), keep)
+        for of, count in self._counted_acquittals(dropped).items():
+            if of in self._acquitting:
+                self._acquitted[of] += count
         causes = np.zeros(capacity, EVENT)
         causes[: len(keep)] = self._causes[keep]
         now = {old: new for new, old in enumerate(keep.tolist())}

@@ -19,6 +19,7 @@ from kvmprobe.analysis.integrity import name_of
 from kvmprobe.probes.schema import Flag, LossCause, Site, Type
 
 if TYPE_CHECKING:
+    from kvmprobe.analysis.judge import VmReport
     from kvmprobe.analysis.run import Analysis, CaptureAnalysis
 
 SCHEMA = "kvmprobe.analysis/1"
@@ -51,6 +52,9 @@ def document(analysis: Analysis) -> dict[str, Any]:
             fault: {"verdict": v.verdict, "basis": list(v.basis), "missing": list(v.missing)}
             for fault, v in analysis.verdicts.items()
         },
+        "vms": [
+            _vm(vm, n) for n, capture in enumerate(analysis.captures) for vm in capture.vms.values()
+        ],
         "findings": [
             _finding(capture, finding, numbers[id(capture)])
             for capture, finding in analysis.findings
@@ -81,13 +85,26 @@ def _capture(capture: CaptureAnalysis) -> dict[str, Any]:
                 "cpu": cpu,
                 "cause": name_of(LossCause, cause),
                 "records": records,
+                "vm": vm or None,
             }
-            for (observation, cpu, cause), records in sorted(integrity.lost.items())
+            for (observation, cpu, cause, vm), records in sorted(integrity.lost.items())
         ],
         "truncated": coverage.truncated,
         "damaged": coverage.damaged,
         "unknown_events": coverage.unknown,
         "anomalies": dict(sorted(integrity.anomaly_counts.items())),
+    }
+
+
+def _vm(report: VmReport, number: int) -> dict[str, Any]:
+    vm = report.vm
+    return {
+        "capture": number,
+        "vm": {"id": vm.id, "name": vm.name, "pid": vm.pid},
+        "gone": report.gone,
+        "verdict": report.verdict,
+        "verdicts": {fault: v.verdict for fault, v in report.verdicts.items()},
+        "missing": list(dict.fromkeys(m for v in report.verdicts.values() for m in v.missing)),
     }
 
 

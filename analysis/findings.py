@@ -100,8 +100,9 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Acquittal:
-    """Proof that the kernel does what a rule would convict the opposite of."""
+    """What one VM showed of a kernel that does what a rule would convict the opposite of."""
 
     rule: Rule
+    vm: int
     first: np.void
     count: int

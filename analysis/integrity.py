@@ -8,7 +8,8 @@ whose events no kernel can have made is no finding.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from kvmprobe.probes.schema import NO_VCPU, Columns, Flag, LifecycleChange, Loss
 #: Gaps and anomalies are listed up to so many; their totals are exact.
 LIST_LIMIT = 100
 
+_OF_LOSS = ("vm", "kind", "aux", "len", "addr")
 _FOLLOWED = ("ts", "vm", "vcpu", "seq", "type", "kind")
 _REPEATS = "repeats"
 _GOES_BACK = "goes back"
@@ -51,7 +53,7 @@ def _impossible() -> NDArray[np.uint8]:
 
 
 _IMPOSSIBLE = _impossible()
-_UNSEEN = np.int64(-1)
+_UNSEEN = np.int64(-2)  # before a vCPU's first event; -1 is before its sequence number 0
 
 
 def name_of(enum: type[Type] | type[LossCause], value: int) -> str:
@@ -88,16 +90,47 @@ class Anomaly:
     ts: int
 
 
-class Integrity:
-    """Follows each vCPU's sequence over batches and adds up LOSS events."""
+@dataclass
+class VmDoubts:
+    """What speaks against the silence of one VM (0: of every VM).
 
-    def __init__(self) -> None:
-        """Start with nothing seen."""
+    `lost` records by the observation's number, as LOSS events say; `missing` records as gaps say;
+    `anomalies` events that no kernel makes.
+    """
+
+    lost: Counter[int] = field(default_factory=Counter)
+    missing: int = 0
+    anomalies: int = 0
+
+    def any(self) -> bool:
+        """Whether there is a doubt at all."""
+        return bool(self.lost or self.missing or self.anomalies)
+
+
+class Integrity:
+    """Follows each vCPU's sequence over batches and adds up LOSS events.
+
+    A LOSS event with a VM concerns that VM only, one of VM 0 all of them; a gap concerns its VM.
+    """
+
+    def __init__(self, *, from_first: bool = False) -> None:
+        """Start with nothing seen.
+
+        Args:
+            from_first: each vCPU's sequence begins at 0, as probes number it: what is missing
+                before its first event was lost.  Otherwise it may begin anywhere.
+
+        """
+        self._before_first = np.int64(-1 if from_first else _UNSEEN)
         self._last: dict[int, int] = {}
+        #: VMs seen, by number; 0 is there always and holds what concerns every VM.
+        self.vms: dict[int, VmDoubts] = {0: VmDoubts()}
+        #: Those of them that were destroyed, in that order.
+        self.gone: dict[int, None] = {}
         #: Events seen, by type.
         self.events: Counter[int] = Counter()
-        #: Records lost, by (observation, CPU, cause) as numbers.
-        self.lost: Counter[tuple[int, int, int]] = Counter()
+        #: Records lost, by (observation, CPU, cause, VM or 0) as numbers.
+        self.lost: Counter[tuple[int, int, int, int]] = Counter()
         #: The first gaps, and how many records all gaps are.
         self.gaps: list[Gap] = []
         self.missing = 0
@@ -105,6 +138,7 @@ class Integrity:
         self.anomalies: list[Anomaly] = []
         self.anomaly_counts: Counter[str] = Counter()
         self._doubtful: set[int] = set()
+        self._forgotten = 0
 
     @property
     def total(self) -> int:
@@ -119,14 +153,32 @@ class Integrity:
     @property
     def unexplained(self) -> int:
         """Records missing from the sequence that no LOSS event accounts for."""
-        return max(0, self.missing - self.lost.total())
+        own = (max(0, vm.missing - vm.lost.total()) for n, vm in self.vms.items() if n)
+        return max(0, sum(own, self._forgotten) - self.vms[0].lost.total())
 
-    def lost_by_observation(self) -> dict[str, int]:
-        """Records lost, by name of the observation."""
+    def unexplained_in(self, vm: int) -> int:
+        """Records missing from a VM's sequences that no LOSS event accounts for."""
+        doubts = self.vms[vm]
+        return max(0, doubts.missing - doubts.lost.total() - self.vms[0].lost.total())
+
+    def lost_by_observation(self, vm: int | None = None) -> dict[str, int]:
+        """Return the records lost, by name of the observation.
+
+        Args:
+            vm: only those that concern this VM; None: all.
+
+        """
         lost: Counter[str] = Counter()
-        for (observation, _, _), records in self.lost.items():
-            lost[name_of(Type, observation)] += records
+        for (observation, _, _, of), records in self.lost.items():
+            if vm is None or of in (0, vm):
+                lost[name_of(Type, observation)] += records
         return dict(lost)
+
+    def forget(self, vm: int) -> None:
+        """Drop what is known of a VM that is gone: it stays in all totals."""
+        del self.gone[vm]
+        doubts = self.vms.pop(vm)
+        self._forgotten += max(0, doubts.missing - doubts.lost.total())
 
     def feed(self, columns: Columns) -> None:
         """Take in one batch.
@@ -137,19 +189,42 @@ class Integrity:
 
         """
         kinds = columns["type"]
-        counts = np.bincount(kinds, minlength=1)
+        counts = np.bincount(kinds, minlength=Type.LOSS + 1)
         self.events.update({int(t): int(counts[t]) for t in np.flatnonzero(counts)})
-        for i in np.flatnonzero(kinds == Type.LOSS).tolist():
-            key = (int(columns["kind"][i]), int(columns["aux"][i]), int(columns["len"][i]))
-            self.lost[key] += int(columns["addr"][i])
         self._check(columns)
-        own = np.flatnonzero((kinds != Type.LOSS) & (columns["vcpu"] != NO_VCPU))
-        if len(own):
-            self._follow({name: columns[name][own] for name in _FOLLOWED})
-        gone = (kinds == Type.LIFECYCLE) & (columns["kind"] == LifecycleChange.VM_GONE)
-        if gone.any():
-            vms = set(columns["vm"][gone].tolist())
-            self._last = {k: seq for k, seq in self._last.items() if k >> 16 not in vms}
+        lossy = bool(counts[Type.LOSS])
+        if lossy:
+            self._add_losses({k: columns[k][kinds == Type.LOSS] for k in _OF_LOSS})
+        own = columns["vcpu"] != NO_VCPU
+        if lossy:
+            own &= kinds != Type.LOSS
+        if len(own) and own.all():
+            self._follow({name: columns[name] for name in _FOLLOWED})
+        else:
+            self._meet(columns["vm"][~own & (kinds != Type.LOSS)])
+            if own.any():
+                self._follow({name: columns[name][own] for name in _FOLLOWED})
+        if counts[Type.LIFECYCLE]:
+            gone = (kinds == Type.LIFECYCLE) & (columns["kind"] == LifecycleChange.VM_GONE)
+            self._forget_sequences(set(columns["vm"][gone].tolist()))
+
+    def _meet(self, vms: NDArray[Any]) -> None:
+        """Note VMs, by their numbers."""
+        for vm in np.unique(vms).tolist():
+            if vm not in self.vms:
+                self.vms[vm] = VmDoubts()
+
+    def _add_losses(self, losses: Columns) -> None:
+        for vm, observation, cpu, cause, records in zip(
+            *(losses[name].tolist() for name in _OF_LOSS), strict=True
+        ):
+            self.lost[observation, cpu, cause, vm] += records
+            self.vms.setdefault(vm, VmDoubts()).lost[observation] += records
+
+    def _forget_sequences(self, gone: set[int]) -> None:
+        if gone:
+            self._last = {k: seq for k, seq in self._last.items() if k >> 16 not in gone}
+            self.gone.update(dict.fromkeys(sorted(gone & self.vms.keys())))
 
     def trusts(self, vm: int, vcpu: int) -> bool:
         """Whether a kernel can have made all events of a vCPU (NO_VCPU: of a VM) so far."""
@@ -176,6 +251,9 @@ class Integrity:
             return
         self.anomaly_counts[kind] += len(rows)
         vm, vcpu = columns["vm"][rows], columns["vcpu"][rows]
+        numbers, counts = np.unique(vm, return_counts=True)
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            self.vms.setdefault(number, VmDoubts()).anomalies += count
         self._doubtful.update(np.unique(vm.astype(np.int64) << 16 | vcpu).tolist())
         for i in range(min(len(rows), LIST_LIMIT - len(self.anomalies))):
             seq, ts = int(columns["seq"][rows[i]]), int(columns["ts"][rows[i]])
@@ -191,10 +269,12 @@ class Integrity:
         change = columns["kind"][order]
         ends = lifecycle & (change == LifecycleChange.VCPU_GONE)
         first = np.flatnonzero(np.diff(key, prepend=-1))
+        self._meet(key[first] >> 16)
         before = np.empty_like(seq)
-        before[1:] = np.where(ends[:-1], _UNSEEN, seq[:-1])
-        before[first] = [self._last.get(k, _UNSEEN) for k in key[first].tolist()]
-        before[lifecycle & (change == LifecycleChange.VCPU_SEEN)] = _UNSEEN
+        before[1:] = np.where(ends[:-1], self._before_first, seq[:-1])
+        before[first] = [self._last.get(k, self._before_first) for k in key[first].tolist()]
+        seen = lifecycle & (change == LifecycleChange.VCPU_SEEN)
+        before[seen] = self._before_first
         last = np.append(first[1:], len(key)) - 1
         self._last.update(zip(key[last].tolist(), seq[last].tolist(), strict=True))
         for k in key[last[ends[last]]].tolist():
@@ -205,9 +285,11 @@ class Integrity:
         odd = np.flatnonzero(step != 1)
         if not len(odd):
             return
-        self.missing += int((step[odd][step[odd] > 1] - 1).sum())
-        jumps = odd[step[odd] > 1][: LIST_LIMIT - len(self.gaps)]
-        for i in jumps.tolist():
+        jumps = odd[step[odd] > 1]
+        self.missing += int((step[jumps] - 1).sum())
+        for vm, records in zip((key[jumps] >> 16).tolist(), step[jumps].tolist(), strict=True):
+            self.vms[vm].missing += records - 1
+        for i in jumps[: LIST_LIMIT - len(self.gaps)].tolist():
             vm, vcpu = int(key[i]) >> 16, int(key[i]) & 0xFFFF
             self.gaps.append(Gap(vm, vcpu, int(before[i]), int(step[i]) - 1, int(ts[i])))
         sorted_columns = {"vm": key >> 16, "vcpu": key & 0xFFFF, "seq": seq, "ts": ts}

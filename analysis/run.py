@@ -8,18 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvmprobe.analysis.detector import Detector
 from kvmprobe.analysis.findings import Finding
 from kvmprobe.analysis.integrity import Integrity
-from kvmprobe.analysis.verdict import Coverage, Verdict, judge, merge, worst
+from kvmprobe.analysis.judge import Judge, Reading, Report, VmReport
+from kvmprobe.analysis.verdict import Coverage, Verdict, merge, worst
 from kvmprobe.analysis.vms import VmNames
 from kvmprobe.probes.schema import Columns
 
 if TYPE_CHECKING:
     import pandas as pd
-
-#: Events that rules watch; the interpreter steps over so many in half a second.
-_COMPILE_AFTER = 100_000
 
 
 class Reader(Protocol):
@@ -55,15 +52,33 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class CaptureAnalysis:
-    """What one capture says.  `coverage` is what it could have shown."""
+    """What one capture says."""
 
     path: str
     header: Mapping[str, Any]
     integrity: Integrity
-    coverage: Coverage
     names: VmNames
-    findings: tuple[Finding, ...]
-    verdicts: Mapping[str, Verdict]
+    report: Report
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What was found, sorted by (first time, vm, vcpu, seq)."""
+        return self.report.findings
+
+    @property
+    def verdicts(self) -> Mapping[str, Verdict]:
+        """The verdict on each fault."""
+        return self.report.verdicts
+
+    @property
+    def vms(self) -> Mapping[int, VmReport]:
+        """What is to be said of each VM, by its number."""
+        return self.report.vms
+
+    @property
+    def coverage(self) -> Coverage:
+        """What the capture could have shown."""
+        return self.report.coverage
 
     def since_start(self, ts: int) -> int:
         """Turn an event's time into ns since the capture's `started`.
@@ -140,32 +155,19 @@ def analyze(readers: Iterable[Reader], *, jit: bool = True) -> Analysis:
 
 
 def _analyze(reader: Reader, *, jit: bool) -> CaptureAnalysis:
-    detector, integrity, names = (
-        Detector(jit=jit, compile_after=_COMPILE_AFTER),
-        Integrity(),
-        VmNames(),
-    )
+    header = reader.header
+    judge = Judge(header["plan"], jit=jit)
     for columns in reader.batches():
-        detector.feed(columns)
-        integrity.feed(columns)
-        names.feed(columns)
-    coverage = Coverage(
-        attached=Coverage.attached_in(reader.header["plan"]),
-        lost=integrity.lost_by_observation(),
-        # Events of unknown types and refused batches leave gaps too, and are told by themselves.
-        unexplained=0 if reader.damaged or reader.unknown_events else integrity.unexplained,
-        anomalies=integrity.anomaly_counts.total(),
-        unknown=sum(reader.unknown_events.values()),
+        judge.feed(columns)
+    reading = Reading(
         damaged=len(reader.damaged),
+        unknown=sum(reader.unknown_events.values()),
         truncated=reader.truncated,
     )
-    findings = tuple(f for f in detector.findings() if integrity.trusts(f.vm, f.vcpu))
     return CaptureAnalysis(
         path=str(reader.path),
-        header=reader.header,
-        integrity=integrity,
-        coverage=coverage,
-        names=names,
-        findings=findings,
-        verdicts=judge(findings, detector.acquittals(), coverage),
+        header=header,
+        integrity=judge.integrity,
+        names=judge.names,
+        report=judge.report(reading),
     )

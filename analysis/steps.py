@@ -75,6 +75,7 @@ class Places(NamedTuple):
     cause: NDArray[np.int64]  # row of the newest cause; KEPT_CAUSE; NO_CAUSE
     uncited: NDArray[np.uint64]  # bit r: rule r hasn't cited the newest cause
     acquitted: NDArray[np.uint64]  # bit r: an acquittal by rule r was passed on
+    acquittals: NDArray[np.uint64]  # place, rule: acquittals
     counts: NDArray[np.uint64]  # place, rule: occurrences
     total: NDArray[np.uint64]  # place, rule: events of evidence, kept or not
     first: NDArray[np.uint64]  # place, rule: time of the first occurrence
@@ -89,7 +90,6 @@ class Out(NamedTuple):
     cite: NDArray[np.uint64]  # bit r: keep the newest cause before it
     cause: NDArray[np.int64]
     acquit: NDArray[np.uint64]  # bit r: the vCPU's first acquittal by rule r
-    acquittals: NDArray[np.uint64]  # rule: all of them, added up
 
 
 def find(places: Places, key: int) -> int:
@@ -173,7 +173,7 @@ def scan(rows: Rows, places: Places, out: Out, start: int, used: int) -> tuple[i
                 continue
             bit = _ONE << np.uint64(r)
             if code & ACQUITS:
-                out.acquittals[r] += _ONE
+                places.acquittals[place, r] += _ONE
                 if places.acquitted[place] & bit == 0:
                     places.acquitted[place] |= bit
                     out.acquit[i] |= bit
@@ -213,6 +213,7 @@ def new_places(capacity: int, seed: NDArray[np.int64]) -> Places:
         cause=np.full(capacity, NO_CAUSE, np.int64),
         uncited=np.zeros(capacity, np.uint64),
         acquitted=np.zeros(capacity, np.uint64),
+        acquittals=np.zeros(rules, np.uint64),
         counts=np.zeros(rules, np.uint64),
         total=np.zeros(rules, np.uint64),
         first=np.zeros(rules, np.uint64),
@@ -228,7 +229,6 @@ def new_out(rows: int) -> Out:
         cite=np.zeros(rows, np.uint64),
         cause=np.full(rows, NO_CAUSE, np.int64),
         acquit=np.zeros(rows, np.uint64),
-        acquittals=np.zeros(N_RULES, np.uint64),
     )
 
 

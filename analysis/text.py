@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from kvmprobe.analysis.findings import Finding
-from kvmprobe.analysis.vms import printable
+from kvmprobe.analysis.verdict import VERDICTS
+from kvmprobe.analysis.vms import Vm, printable
 from kvmprobe.probes.schema import NO_VCPU, SLOT_APIC, SLOT_IDENTITY, SLOT_TSS
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 #: Lines are never longer.
 MAX_WIDTH = 100
+#: VMs named in a line.
+_LISTED = 8
 _SLOTS = {SLOT_TSS: "TSS", SLOT_APIC: "APIC access page", SLOT_IDENTITY: "identity map"}
 
 
@@ -74,6 +78,7 @@ def render(analysis: Analysis, width: int = 80) -> str:
             page.put(line, head="missing ", indent=4, hang=12)
     page.put()
     _put_captures(page, analysis)
+    _put_vms(page, analysis)
     findings = analysis.findings
     page.put()
     page.put(_many(len(findings), "finding") + (":" if findings else "."))
@@ -107,19 +112,40 @@ def _put_captures(page: _Page, analysis: Analysis) -> None:
             page.put(str(source["note"]), indent=2)
 
 
+def _put_vms(page: _Page, analysis: Analysis) -> None:
+    """Tell of VMs whose verdict isn't that of most: of which something was lost, say."""
+    for capture in analysis.captures:
+        verdicts = Counter(report.verdict for report in capture.vms.values())
+        if len(verdicts) < 2:
+            continue
+        page.put()
+        name = f" in {capture.path}" if len(analysis.captures) > 1 else ""
+        page.put(f"VMs{name}:")
+        for verdict in sorted(verdicts, key=VERDICTS.index):
+            own = [r.vm for r in capture.vms.values() if r.verdict == verdict]
+            listed = ", ".join(_vm_name(vm) for vm in own[:_LISTED])
+            more = f" and {len(own) - _LISTED:,} more" if len(own) > _LISTED else ""
+            page.put(f"{verdict}: {listed}{more}", indent=2, hang=4)
+
+
+def _vm_name(vm: Vm) -> str:
+    """Name a VM by its number, and by its name and process where they are known."""
+    process = ", ".join(
+        part for part in (vm.name, None if vm.pid is None else f"pid {vm.pid}") if part
+    )
+    return f"VM {vm.id}{f' ({process})' if process else ''}"
+
+
 def _put_finding(
     page: _Page, capture: CaptureAnalysis, finding: Finding, *, name_capture: bool
 ) -> None:
     vm = capture.names.get(finding.vm)
-    process = ", ".join(
-        part for part in (vm.name, None if vm.pid is None else f"pid {vm.pid}") if part
-    )
     presumed = ", presumed" if finding.slot_confidence == "presumed" else ""
     level = "level unknown" if finding.level == "unknown" else finding.level
     page.put(f"{finding.rule.severity} {finding.rule.id}: {finding.rule.title}", indent=2, hang=4)
     if name_capture:
         page.put(capture.path, head="in      ", indent=4, hang=12)
-    where = f"VM {vm.id}{f' ({process})' if process else ''}"
+    where = _vm_name(vm)
     if finding.has_gpa:
         where = f"gpa 0x{finding.gpa:x} ({slot_name(finding.slot)}{presumed}), {where}"
     if finding.vcpu != NO_VCPU:

@@ -9,13 +9,14 @@ verdict `inconclusive`, proof of a right kernel or not.  Then proof gives `fixed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvmprobe.analysis.findings import Acquittal, Finding
 from kvmprobe.analysis.rules import FAULTS, RULES
-from kvmprobe.analysis.rules.model import Observation
+from kvmprobe.analysis.rules.model import Observation, Rule
 
 VULNERABLE = "vulnerable"
 INCONCLUSIVE = "inconclusive"
@@ -37,7 +38,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a capture could show.
+    """What a stream of events could show, of all VMs or of one.
 
     `attached` are (observation, site) names; `lost` records by observation's name; `unexplained`
     records missing from the sequence without a LOSS event; `unknown` events of types this version
@@ -56,6 +57,12 @@ class Coverage:
     def attached_in(plan: Iterable[Mapping[str, Any]]) -> frozenset[tuple[str, str]]:
         """Return what a capture's header says was attached."""
         return frozenset((row["observation"], row["site"] or "") for row in plan if row["attached"])
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is known to be missing or wrong in what was recorded."""
+        doubts = self.unexplained, self.anomalies, self.unknown, self.damaged
+        return not any(self.lost.values()) and not any(doubts)
 
     def sees(self, wanted: Observation) -> bool:
         """Whether an observation was attached at one of the sites that give it in full."""
@@ -97,25 +104,30 @@ def _missing(fault: str, coverage: Coverage) -> tuple[str, ...]:
     return tuple(missing)
 
 
-def judge(
-    findings: Sequence[Finding], acquittals: Sequence[Acquittal], coverage: Coverage
+def decide(
+    findings: Sequence[Finding],
+    acquittals: Sequence[Acquittal],
+    coverage: Coverage,
+    shown: Collection[str] = (),
 ) -> dict[str, Verdict]:
-    """Return the verdict on each fault of one capture, by the fault's name.
+    """Return the verdict on each fault, of a whole stream or of one VM, by the fault's name.
 
     Args:
         findings: what the detector found.
         acquittals: the detector's proofs of a right kernel.
-        coverage: what the capture could show.
+        coverage: what could be seen.
+        shown: faults that another VM shows this kernel to have.
 
     """
-    return {fault: _judge(fault, findings, acquittals, coverage) for fault in FAULTS}
+    return {fault: _decide(fault, findings, acquittals, coverage, shown) for fault in FAULTS}
 
 
-def _judge(
+def _decide(
     fault: str,
     findings: Sequence[Finding],
     acquittals: Sequence[Acquittal],
     coverage: Coverage,
+    shown: Collection[str],
 ) -> Verdict:
     missing = _missing(fault, coverage)
     basis = tuple(
@@ -125,13 +137,20 @@ def _judge(
         and rule.convicts
         and (own := [f for f in findings if f.rule.id == rule.id])
     )
-    proofs = tuple(
-        f"{a.rule.id}: {a.count} {a.rule.acquittal}" for a in acquittals if a.rule.fault == fault
-    )
+    proven: Counter[Rule] = Counter()
+    for acquittal in acquittals:
+        if acquittal.rule.fault == fault:
+            proven[acquittal.rule] += acquittal.count
+    proofs = tuple(f"{rule.id}: {count} {rule.acquittal}" for rule, count in proven.items())
     if basis:
         verdict = VULNERABLE
     elif missing:
         verdict, basis = INCONCLUSIVE, proofs
+    elif fault in shown:
+        verdict = NOT_EXERCISED
+        basis = (
+            "nothing happened to this VM, but another one shows that the kernel has the fault",
+        )
     elif proofs:
         verdict, basis = FIXED, proofs
     else:

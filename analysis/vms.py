@@ -65,7 +65,7 @@ class VmNames:
         """Start with none known."""
         self._known: dict[int, tuple[bytes, int]] = {}
         self._parts: dict[int, dict[int, bytes]] = {}
-        self._threads: dict[tuple[int, int], int] = {}
+        self._threads: dict[int, dict[int, int]] = {}
 
     def feed(self, columns: Columns) -> None:
         """Take in one batch with `vm`, `vcpu`, `type`, `kind`, `value`, `gen`, `aux`, `len`."""
@@ -81,7 +81,13 @@ class VmNames:
             elif kind == LifecycleChange.VM_NAMED and int(columns["len"][i]) < _PARTS:
                 self._parts.setdefault(vm, {})[int(columns["len"][i])] = text
             elif kind == LifecycleChange.VCPU_SEEN:
-                self._threads[vm, int(columns["vcpu"][i])] = task
+                self._threads.setdefault(vm, {})[int(columns["vcpu"][i])] = task
+
+    def forget(self, vm: int) -> None:
+        """Drop what is known of a VM."""
+        self._known.pop(vm, None)
+        self._parts.pop(vm, None)
+        self._threads.pop(vm, None)
 
     def get(self, vm: int) -> Vm:
         """Return what is known of a VM."""
@@ -94,7 +100,7 @@ class VmNames:
 
     def thread(self, vm: int, vcpu: int) -> int | None:
         """Return the thread that a vCPU was last seen to run in, or None."""
-        return self._threads.get((vm, vcpu))
+        return self._threads.get(vm, {}).get(vcpu)
 
 
 def _text(data: bytes) -> str | None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvmprobe.analysis.detector import Detector
-from kvmprobe.analysis.findings import Finding
+from kvmprobe.analysis.findings import Acquittal, Finding
 from kvmprobe.probes.schema import (
     EVENT,
     NO_VCPU,
@@ -110,15 +110,20 @@ def detect(
 
 def told(detector: Detector) -> list[tuple[Any, ...]]:
     """All that a detector says, in a form that can be compared."""
+    return tell(detector.findings(), detector.acquittals())
+
+
+def tell(found: Iterable[Finding], acquittals: Iterable[Acquittal]) -> list[tuple[Any, ...]]:
+    """Findings and acquittals in a form that can be compared."""
     findings = [
         (
             f.rule.id, f.vm, f.vcpu, f.first.tobytes(), f.first_ts, f.last_ts, f.count,
             f.evidence.tobytes(), f.evidence_total,
             f.cause and (f.cause.rule, f.cause.event.tobytes(), f.cause.age_ns, f.cause.count),
         )
-        for f in detector.findings()
+        for f in found
     ]  # fmt: skip
-    return findings + [(a.rule.id, a.first.tobytes(), a.count) for a in detector.acquittals()]
+    return findings + [(a.rule.id, a.vm, a.first.tobytes(), a.count) for a in acquittals]
 
 
 _BASE = (L1, L2, L1, L2, L1 | LIVE, L1 | LIVE, UNKNOWN, L1 | Flag.UNSTABLE)

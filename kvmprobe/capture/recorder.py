@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmprobe.analysis.detector import Detector
+from kvmprobe.analysis.judge import Judge
 from kvmprobe.capture.header import live_header
 from kvmprobe.capture.session import MAX_TICK, Filters, Session
-from kvmprobe.probes.schema import Flag, LifecycleChange, Type, columns
+from kvmprobe.probes.schema import LifecycleChange, Type, columns
 from kvmprobe.store.writer import CaptureWriter
 
 #: Default of --max-size, bytes.
@@ -52,7 +52,7 @@ class Progress:
 
 
 class Recorder:
-    """Writes a session's events to a capture while the detector watches."""
+    """Writes a session's events to a capture while the judge watches."""
 
     def __init__(self, session: Session, writer: CaptureWriter, limits: Limits) -> None:
         """Connect an attached session with a fresh writer."""
@@ -62,7 +62,7 @@ class Recorder:
         self._directory = Path(writer.path).absolute().parent
         self._disk_checked = 0.0
         self._started: float | None = None
-        self.detector = Detector()
+        self.judge = Judge(session.plan.rows(), from_first=True)
         self.progress = Progress()
 
     def start(self) -> None:
@@ -107,7 +107,7 @@ class Recorder:
             seen = rows[rows["type"] == Type.LIFECYCLE]["kind"]
             progress.vms += int(np.count_nonzero(seen == _VM_SEEN))
             progress.vcpus += int(np.count_nonzero(seen == _VCPU_SEEN))
-            self.detector.feed(columns(rows[(rows["flags"] & Flag.CANDIDATE) != 0]))
+            self.judge.feed(columns(rows))
         progress.bytes = self._writer.bytes_written
 
     def _limit(self) -> str | None:

@@ -56,6 +56,6 @@ class Status:
         )
         line.append(f"{progress.lost:,} lost", style="red" if progress.lost else "")
         line.append("  ")
-        found = self._recorder.detector.occurrences
+        found = self._recorder.judge.occurrences
         line.append(f"{found:,} findings", style="bold red" if found else "")
         self._live.update(line, refresh=True)

@@ -241,7 +241,7 @@ def _summarize(recorder: Recorder, path: Path, reason: str) -> None:
         f"(ended: {reason})",
         file=sys.stderr,
     )
-    for finding in recorder.detector.findings():
+    for finding in recorder.judge.findings():
         print(
             f"found: {finding.rule.id} ({finding.rule.severity}), {finding.count} times",
             file=sys.stderr,

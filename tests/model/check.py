@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmprobe.analysis.detector import Detector
-from kvmprobe.analysis.findings import Finding
+from kvmprobe.analysis.findings import Acquittal, Finding
 from kvmprobe.analysis.integrity import Integrity
+from kvmprobe.analysis.judge import Judge
 from kvmprobe.analysis.rules import RULES
-from kvmprobe.analysis.verdict import Coverage, Verdict, judge
+from kvmprobe.analysis.verdict import Verdict
 from kvmprobe.capture.points import FUNCTIONS, TRACEPOINTS
 from kvmprobe.probes.schema import EVENT, NO_VCPU, LossCause, Site, Type, columns
 from tests.model.runs import Run
@@ -84,40 +84,32 @@ def expected(run: Run) -> dict[Key, Expected]:
     return dict(found)
 
 
-def coverage(run: Run, integrity: Integrity) -> Coverage:
-    """Return what the recording could show."""
+def plan(run: Run) -> list[dict[str, Any]]:
+    """Return what the recording's header says was attached."""
     points = [*(FUNCTIONS if run.probes.functions else ())]
     sees = [s for p in points for s in p.sees]
     played = {p.role for p in points}
     sees += [s for p in TRACEPOINTS if p.instead_of not in played for s in p.sees]
-    return Coverage(
-        attached=frozenset((t.name, s.name) for t, s in sees),
-        lost=integrity.lost_by_observation(),
-        unexplained=integrity.unexplained,
-        anomalies=integrity.anomaly_counts.total(),
-    )
+    return [{"observation": t.name, "site": s.name, "attached": True} for t, s in sees]
 
 
 @dataclass
 class Said:
     """What the detector and the verdicts say of rows."""
 
-    detector: Detector
-    findings: list[Finding]
-    verdicts: dict[str, Verdict]
+    findings: tuple[Finding, ...]
+    acquittals: tuple[Acquittal, ...]
+    verdicts: Mapping[str, Verdict]
     integrity: Integrity
 
 
 def say(run: Run, rows: NDArray[Any], cuts: Iterable[int] = ()) -> Said:
     """Analyse rows, cut into batches, as analyze() does."""
-    detector, integrity = Detector(), Integrity()
+    judge = Judge(plan(run))
     for part in np.split(rows, sorted(cuts)):
-        batch = columns(part)
-        detector.feed(batch)
-        integrity.feed(batch)
-    findings = detector.findings()
-    verdicts = judge(findings, detector.acquittals(), coverage(run, integrity))
-    return Said(detector, findings, verdicts, integrity)
+        judge.feed(columns(part))
+    report = judge.report()
+    return Said(report.findings, report.acquittals, report.verdicts, judge.integrity)
 
 
 def _own_evidence(f: Finding) -> set[tuple[int, int]]:
@@ -180,7 +172,7 @@ def _verdict_problems(run: Run, said: Said, *, whole: bool) -> list[str]:
             allowed.add("not exercised")
     wrong = []
     if whole:
-        kept = sum(a.count for a in said.detector.acquittals() if a.rule.id == "internal-slot-fill")
+        kept = sum(a.count for a in said.acquittals if a.rule.id == "internal-slot-fill")
         if not sum(h.clean for h in good) <= kept <= len(good):
             wrong.append(f"{kept} acquittals of {len(good)}")
     else:

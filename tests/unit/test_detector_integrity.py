@@ -28,9 +28,9 @@ def _seqs(*numbers: int, **fields: Any) -> list[dict[str, Any]]:  # noqa: ANN401
     return [ev(Type.MMIO, seq=seq, **fields) for seq in numbers]
 
 
-def _loss(kind: int, records: int, cpu: int = 0, cause: int = 1) -> dict[str, Any]:
+def _loss(kind: int, records: int, cpu: int = 0, cause: int = 1, vm: int = 0) -> dict[str, Any]:
     fields: dict[str, Any] = {"kind": kind, "aux": cpu, "len": cause}
-    return ev(Type.LOSS, vm=0, vcpu=0xFFFF, addr=records, slot=0, **fields)
+    return ev(Type.LOSS, vm=vm, vcpu=0xFFFF, addr=records, slot=0, **fields)
 
 
 def test_whole_stream() -> None:
@@ -128,22 +128,27 @@ def test_a_new_vcpu_of_the_same_number_begins_anew() -> None:
             assert (found.missing, found.anomaly_counts) == (0, {})
 
 
-def test_losses_are_added_up_by_observation_cpu_and_cause() -> None:
+def test_losses_are_added_up_by_observation_cpu_cause_and_vm() -> None:
     ring, state = LossCause.RING, LossCause.STATE
     found = _follow(
         stream([
             _loss(Type.FILL, 3), _loss(Type.FILL, 4), _loss(Type.FILL, 5, cpu=1),
             _loss(Type.MATCH, 1, cause=state), _loss(99, 2),
+            _loss(Type.FILL, 9, vm=3),
         ])
     )  # fmt: skip
     assert found.lost == {
-        (Type.FILL, 0, ring): 7,
-        (Type.FILL, 1, ring): 5,
-        (Type.MATCH, 0, state): 1,
-        (99, 0, ring): 2,
+        (Type.FILL, 0, ring, 0): 7,
+        (Type.FILL, 1, ring, 0): 5,
+        (Type.MATCH, 0, state, 0): 1,
+        (99, 0, ring, 0): 2,
+        (Type.FILL, 0, ring, 3): 9,
     }
-    assert found.lost_by_observation() == {"FILL": 12, "MATCH": 1, "type-99": 2}
-    assert (found.total, found.lost_total) == (0, 15)
+    everywhere = {"FILL": 12, "MATCH": 1, "type-99": 2}
+    assert found.lost_by_observation() == everywhere | {"FILL": 21}
+    assert found.lost_by_observation(3) == everywhere | {"FILL": 21}
+    assert found.lost_by_observation(2) == everywhere
+    assert (found.total, found.lost_total) == (0, 24)
 
 
 def test_gaps_beyond_the_losses_told_are_unexplained() -> None:

@@ -146,7 +146,7 @@ def test_losses_are_told() -> None:
     document = _document(_analyze(kept(), lost))
     assert (document["lost"], document["verdict"]) == (7, "inconclusive")
     (loss,) = document["captures"][0]["losses"]
-    assert loss == {"observation": "FILL", "cpu": 3, "cause": "RING", "records": 7}
+    assert loss == {"observation": "FILL", "cpu": 3, "cause": "RING", "records": 7, "vm": None}
     assert document["observations"] == {"FAULTIN": 1}
 
 

@@ -14,7 +14,7 @@ from kvmprobe.analysis.verdict import (
     VULNERABLE,
     Coverage,
     Verdict,
-    judge,
+    decide,
     merge,
     worst,
 )
@@ -46,7 +46,7 @@ def _judge(
     detector, findings = detect(stream(events))
     coverage = {"lost": {}} | coverage
     seen = Coverage(FULL.difference(without).union(also), **coverage)
-    return judge(findings, detector.acquittals(), seen)[fault]
+    return decide(findings, detector.acquittals(), seen)[fault]
 
 
 def test_proof_of_the_fault() -> None:

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: MIT
+"""The judge: one stream of events in, and at any time what it shows, of the host and of each VM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvmprobe.analysis.detector import Detector
+from kvmprobe.analysis.findings import Acquittal, Finding
+from kvmprobe.analysis.integrity import Integrity
+from kvmprobe.analysis.verdict import Coverage, Verdict, decide, worst
+from kvmprobe.analysis.vms import Vm, VmNames
+from kvmprobe.probes.schema import Columns
+
+#: VMs that are gone and still told by themselves; those before stay in all totals and findings.
+GONE_LIMIT = 4096
+
+#: Events that rules watch; the interpreter steps over so many in half a second.
+_COMPILE_AFTER = 100_000
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a capture could be read; the defaults are those of a stream that is live or whole.
+
+    `damaged`: parts that were refused; `unknown`: events of types this version doesn't know;
+    `truncated`: why the capture ends early.
+    """
+
+    damaged: int = 0
+    unknown: int = 0
+    truncated: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class VmReport:
+    """What is to be said of one VM.
+
+    A proof against the kernel that another VM gave is no verdict on this one, but nothing here is
+    `fixed` then.  A proof for the kernel counts for every VM, if it comes from one of which nothing
+    was lost.  `gone`: the VM was destroyed.
+    """
+
+    vm: Vm
+    gone: bool
+    coverage: Coverage
+    verdicts: Mapping[str, Verdict]
+
+    @property
+    def verdict(self) -> str:
+        """The worst verdict on any fault."""
+        return worst(v.verdict for v in self.verdicts.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What a stream shows so far.
+
+    `verdicts` has each fault's verdict on the host: the worst of its VMs', and what it rests on in
+    all of them; `vms` has the VMs by number.  Findings are sorted by (first time, vm, vcpu, seq).
+    """
+
+    findings: tuple[Finding, ...]
+    acquittals: tuple[Acquittal, ...]
+    coverage: Coverage
+    verdicts: Mapping[str, Verdict]
+    vms: Mapping[int, VmReport]
+
+    @property
+    def verdict(self) -> str:
+        """The worst verdict on any fault."""
+        return worst(v.verdict for v in self.verdicts.values())
+
+
+class Judge:
+    """Follows one stream of events: batches in the order of their draining, cut anywhere.
+
+    It must be given every event of the stream, in order: a sequence number that is missing is a
+    loss.  The rules step over the CANDIDATE events only, so a stream that was made of those alone
+    gives the same findings.  Memory is bounded by the vCPUs that live, `GONE_LIMIT`, and findings.
+    """
+
+    def __init__(
+        self, plan: Iterable[Mapping[str, Any]], *, jit: bool = False, from_first: bool = False
+    ) -> None:
+        """Begin a stream.
+
+        Args:
+            plan: the header's `plan`: what was attached.
+            jit: compile the detector once many events were seen, where numba is installed.
+            from_first: each vCPU's sequence begins at 0: so it is in what probes record.
+
+        """
+        self._attached = Coverage.attached_in(plan)
+        self._detector = Detector(jit=jit, compile_after=_COMPILE_AFTER)
+        #: Losses, gaps and anomalies; events by type.
+        self.integrity = Integrity(from_first=from_first)
+        #: The VMs' names and the vCPUs' threads.
+        self.names = VmNames()
+
+    @property
+    def occurrences(self) -> int:
+        """Events that convicted so far: it grows when there is something new to tell."""
+        return self._detector.occurrences
+
+    def feed(self, columns: Columns) -> None:
+        """Take in one batch, every field of the event; LOSS events count as losses."""
+        self._detector.feed(columns)
+        self.integrity.feed(columns)
+        self.names.feed(columns)
+        self._forget()
+
+    def findings(self) -> tuple[Finding, ...]:
+        """Return what was found so far on vCPUs whose events a kernel can have made."""
+        trusts = self.integrity.trusts
+        return tuple(f for f in self._detector.findings() if trusts(f.vm, f.vcpu))
+
+    def report(self, reading: Reading | None = None) -> Report:
+        """Return what the stream shows so far.
+
+        Args:
+            reading: how the capture could be read; None: live, or without any problem.
+
+        """
+        reading = reading or Reading()
+        findings = self.findings()
+        acquittals = tuple(self._detector.acquittals())
+        coverage = self._coverage(reading, None)
+        return Report(
+            findings=findings,
+            acquittals=acquittals,
+            coverage=coverage,
+            verdicts=decide(findings, acquittals, coverage),
+            vms=self._vms(findings, acquittals, reading),
+        )
+
+    def _coverage(self, reading: Reading, vm: int | None) -> Coverage:
+        integrity = self.integrity
+        if vm is None:
+            unexplained, anomalies = integrity.unexplained, integrity.anomaly_counts.total()
+        else:
+            unexplained = integrity.unexplained_in(vm)
+            anomalies = sum(integrity.vms[n].anomalies for n in {0, vm})
+        return Coverage(
+            attached=self._attached,
+            lost=integrity.lost_by_observation(vm),
+            # Unknown types and refused batches leave gaps too, and are told by themselves.
+            unexplained=0 if reading.damaged or reading.unknown else unexplained,
+            anomalies=anomalies,
+            unknown=reading.unknown,
+            damaged=reading.damaged,
+            truncated=reading.truncated,
+        )
+
+    def _vms(
+        self, findings: Sequence[Finding], acquittals: Sequence[Acquittal], reading: Reading
+    ) -> dict[int, VmReport]:
+        shared = self._coverage(reading, 0)
+        coverage = {
+            vm: self._coverage(reading, vm) if doubts.any() else shared
+            for vm, doubts in self.integrity.vms.items()
+            if vm
+        }
+        shown = {f.rule.fault for f in findings if f.rule.convicts}
+        proofs = [a for a in acquittals if a.vm in coverage and coverage[a.vm].whole]
+        # Most VMs are alike: nothing found, nothing lost.
+        quiet = decide((), proofs, shared, shown)
+        own: dict[int, list[Finding]] = {}
+        for finding in findings:
+            own.setdefault(finding.vm, []).append(finding)
+        return {
+            vm: VmReport(
+                self.names.get(vm),
+                vm in self.integrity.gone,
+                seen,
+                quiet
+                if seen is shared and vm not in own
+                else decide(own.get(vm, ()), proofs, seen, shown),
+            )
+            for vm, seen in sorted(coverage.items())
+        }
+
+    def _forget(self) -> None:
+        """Drop the oldest VMs that are gone, once they are too many."""
+        gone = self.integrity.gone
+        while len(gone) > GONE_LIMIT:
+            vm = next(iter(gone))
+            self.integrity.forget(vm)
+            self._detector.forget(vm)
+            if not self._detector.convicted(vm):
+                self.names.forget(vm)
