@@ -180,6 +180,21 @@ class Integrity:
         doubts = self.vms.pop(vm)
         self._forgotten += max(0, doubts.missing - doubts.lost.total())
 
+    def forgive(self, vm: int) -> None:
+        """Drop what was lost of a VM (0: of all at once), or of VMs that were forgotten.
+
+        A watch that runs for months is judged by what it lost lately.  Anomalies stay: no kernel
+        makes them.
+        """
+        doubts = self.vms.get(vm)
+        if doubts is None:
+            self._forgotten = 0
+        else:
+            doubts.lost.clear()
+            doubts.missing = 0
+        for key in [key for key in self.lost if key[3] == vm]:
+            del self.lost[key]
+
     def feed(self, columns: Columns) -> None:
         """Take in one batch.
 
