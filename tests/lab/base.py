@@ -10,10 +10,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+#: What the cache keeps by content, and for how long without use.
+_KEPT = ("debs", "helpers", "initrds", "kernels", "results", "roots", "selftests", "wheels")
+KEPT_DAYS = 30
 
 
 class LabError(Exception):
@@ -38,6 +42,19 @@ def cache_dir() -> Path:
     path = (Path(base) if base else Path.home() / ".cache") / "kvmprobe-lab"
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def prune_cache() -> None:
+    """Remove from the cache what nobody used for KEPT_DAYS: each new version adds to it."""
+    oldest = time.time() - KEPT_DAYS * 86400
+    for folder in _KEPT:
+        for path in (cache_dir() / folder).glob("[!.]*"):
+            if path.stat().st_mtime > oldest:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def need_space(mebibytes: int) -> None:
@@ -101,6 +118,7 @@ def built(path: Path, mebibytes: int) -> Iterator[Path | None]:
     with (path.parent / f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
+            os.utime(path)
             yield None
             return
         need_space(mebibytes)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.lab.base import CHECKOUT, LabError, MissingError, say
+from tests.lab.base import CHECKOUT, LabError, MissingError, prune_cache, say
 from tests.lab.helper import get_helper
 from tests.lab.kernels import RELEASES, get_kernel, parse_spec
 from tests.lab.matrix import (
@@ -104,6 +104,7 @@ def _matrix(arguments: argparse.Namespace) -> int:
     for remark in remarks:
         print(remark)
     say(f"results in {results}")
+    prune_cache()
     return 0 if all(cell.right or cell.expected == UNCLASSIFIED for cell in cells) else 1
 
 

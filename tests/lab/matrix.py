@@ -2,6 +2,7 @@
 """`python tests/lab matrix`: every scenario on every kernel, vendor and backend, as a table."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -227,6 +228,7 @@ def _run_boot(boot: Boot, code: Path, folder: Path) -> str | None:
     kept = cache_dir() / "results" / content_key(*what, get_installed(job.code).name, inside)
     name = f"{boot.kernel.package_version} {boot.vendor} {boot.backend} {boot.options}".rstrip()
     if kept.exists():
+        os.utime(kept)
         if not folder.exists():
             shutil.copytree(kept, folder)
         return None

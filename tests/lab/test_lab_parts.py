@@ -2,8 +2,10 @@
 """The lab's own logic, as far as it needs no emulator and no network."""
 
 import json
+import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,22 @@ def test_a_build_that_breaks_leaves_nothing(
         assert scratch is None
     assert target.read_text() == "whole"
     assert [path.name for path in target.parent.iterdir() if path.is_dir()] == []
+
+
+def test_only_what_nobody_uses_is_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = base.cache_dir()
+    long_ago = time.time() - (base.KEPT_DAYS + 1) * 86400
+    for name in ("roots/old.ext4", "roots/used.ext4", "results/old/output", "results/new/output"):
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).touch()
+    for name in ("roots/old.ext4", "roots/used.ext4", "results/old"):
+        os.utime(cache / name, (long_ago, long_ago))
+    with built(cache / "roots/used.ext4", 0) as scratch:
+        assert scratch is None
+    base.prune_cache()
+    assert [path.name for path in (cache / "results").iterdir()] == ["new"]
+    assert [path.name for path in (cache / "roots").glob("*.ext4")] == ["used.ext4"]
 
 
 def test_too_little_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
