@@ -18,7 +18,6 @@ from kvmprobe.analysis.rules.model import (
     ACQUITS,
     CAUSE,
     CITES,
-    CODE_BITS,
     CONVICTS,
     EVIDENCE,
     WORDS,
@@ -37,12 +36,8 @@ _LIFECYCLE = int(Type.LIFECYCLE)
 _VCPU_SEEN = int(LifecycleChange.VCPU_SEEN)
 _VCPU_GONE = int(LifecycleChange.VCPU_GONE)
 _VM_GONE = int(LifecycleChange.VM_GONE)
-_CODE = (1 << CODE_BITS) - 1
 _ONE = np.uint64(1)
 _COUNTED = CONVICTS | EVIDENCE
-
-if N_RULES * CODE_BITS > 63:
-    raise ImportError("the codes of all rules don't fit one 64-bit word any more")
 
 
 class Rows(NamedTuple):
@@ -90,6 +85,7 @@ class Out(NamedTuple):
     cite: NDArray[np.uint64]  # bit r: keep the newest cause before it
     cause: NDArray[np.int64]
     acquit: NDArray[np.uint64]  # bit r: the vCPU's first acquittal by rule r
+    codes: NDArray[np.uint8]  # rule: its answer to one event
 
 
 def find(places: Places, key: int) -> int:
@@ -164,13 +160,13 @@ def scan(rows: Rows, places: Places, out: Out, start: int, used: int) -> tuple[i
             rows.ts[i], rows.type[i], rows.site[i], rows.flags[i], rows.gfn[i], rows.slot[i],
             rows.kind[i],
         )  # fmt: skip
-        codes = STEP_ALL(event, places.words, place * N_WORDS)
-        if codes == 0:
+        answered = STEP_ALL(event, places.words, place * N_WORDS, out.codes)
+        if answered == 0:
             continue
         for r in range(N_RULES):
-            code = (codes >> (r * CODE_BITS)) & _CODE
-            if code == 0:
+            if answered >> r & 1 == 0:
                 continue
+            code = out.codes[r]
             bit = _ONE << np.uint64(r)
             if code & ACQUITS:
                 places.acquittals[place, r] += _ONE
@@ -229,6 +225,7 @@ def new_out(rows: int) -> Out:
         cite=np.zeros(rows, np.uint64),
         cause=np.full(rows, NO_CAUSE, np.int64),
         acquit=np.zeros(rows, np.uint64),
+        codes=np.zeros(N_RULES, np.uint8),
     )
 
 

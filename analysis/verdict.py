@@ -10,7 +10,7 @@ verdict `inconclusive`, proof of a right kernel or not.  Then proof gives `fixed
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,13 +130,7 @@ def _decide(
     shown: Collection[str],
 ) -> Verdict:
     missing = _missing(fault, coverage)
-    basis = tuple(
-        f"{rule.id}: {sum(f.count for f in own)} on {len(own)} vCPU(s): {rule.proves}"
-        for rule in RULES
-        if rule.fault == fault
-        and rule.convicts
-        and (own := [f for f in findings if f.rule.id == rule.id])
-    )
+    basis = _basis(fault, findings, lambda rule: rule.convicts)
     proven: Counter[Rule] = Counter()
     for acquittal in acquittals:
         if acquittal.rule.fault == fault:
@@ -153,6 +147,8 @@ def _decide(
         )
     elif proofs:
         verdict, basis = FIXED, proofs
+    elif doubts := _basis(fault, findings, lambda rule: rule.doubts):
+        verdict, basis = INCONCLUSIVE, doubts
     else:
         verdict = NOT_EXERCISED
         basis = ("nothing happened that shows the fault or proves the kernel free of it",)
@@ -161,6 +157,19 @@ def _decide(
         # recording that was stopped there.
         missing = (*missing, f"the capture ends early: {coverage.truncated}")
     return Verdict(fault, verdict, basis, missing)
+
+
+def _basis(
+    fault: str, findings: Sequence[Finding], wanted: Callable[[Rule], bool]
+) -> tuple[str, ...]:
+    """Say what the findings of those rules on a fault show."""
+    return tuple(
+        f"{rule.id}: {sum(f.count for f in own)} on {len(own)} vCPU(s): {rule.proves}"
+        for rule in RULES
+        if rule.fault == fault
+        and wanted(rule)
+        and (own := [f for f in findings if f.rule.id == rule.id])
+    )
 
 
 def worst(verdicts: Iterable[str]) -> str:

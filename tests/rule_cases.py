@@ -5,8 +5,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmprobe.probes.schema import NO_VCPU, Flag, MmioType, Site, SpteChange, Type
-from tests.streams import APIC_GPA, L1, L2, LIVE, RAM_GPA, UNKNOWN, ev
+from kvmprobe.probes.schema import (
+    NO_VCPU,
+    SLOT_APIC,
+    SLOT_IDENTITY,
+    Flag,
+    MmioType,
+    Site,
+    SpteChange,
+    Type,
+)
+from tests.streams import APIC_GPA, IDENTITY_GPA, L1, L2, LIVE, RAM_GPA, UNKNOWN, ev, kept, noslot
 
 Events = list[dict[str, Any]]
 
@@ -48,7 +57,16 @@ def storm(
 
 
 #: rule -> name of the case -> (events, occurrences).
+#: L2, where a slot of KVM's own is presumed and no memory was shown.
+DOUBT = L2 | Flag.SLOT_PRESUMED | Flag.UNSTABLE
+
 HITS: dict[str, dict[str, tuple[Events, int]]] = {
+    "internal-slot-presumed": {
+        "fill": ([ev(FILL, DOUBT)], 1),
+        "fill of the identity map": ([ev(FILL, DOUBT, addr=IDENTITY_GPA, slot=SLOT_IDENTITY)], 1),
+        "no-slot fault and its fill": ([noslot(DOUBT), ev(FILL, DOUBT)], 1),
+        "two of them": ([noslot(DOUBT), noslot(DOUBT)], 2),
+    },
     "address-space-generation": {
         "fill in SMM with the wrong generation": ([ev(FILL, IN_SMM | AS0, **HOLE)], 1),
         "the same on memory": ([ev(FILL, IN_SMM | AS0, **RAM)], 1),
@@ -119,6 +137,17 @@ HITS: dict[str, dict[str, tuple[Events, int]]] = {
 
 #: rule -> name of the case -> events in which the rule must find nothing.
 MISSES: dict[str, dict[str, Events]] = {
+    "internal-slot-presumed": {
+        "memory was shown": [ev(FILL, L2 | Flag.SLOT_PRESUMED)],
+        "a slot that was looked up changes": [ev(FILL, L2 | Flag.UNSTABLE)],
+        "L1": [ev(FILL, L1 | Flag.SLOT_PRESUMED | Flag.UNSTABLE)],
+        "level unknown": [ev(FILL, Flag.SLOT_PRESUMED | Flag.UNSTABLE)],
+        "APIC page": [ev(FILL, DOUBT, addr=APIC_GPA, slot=SLOT_APIC)],
+        "gfn 0": [ev(FILL, DOUBT, addr=0x10)],
+        "the APIC page's address, another slot": [ev(FILL, DOUBT, addr=APIC_GPA)],
+        "a fault that was kept": [kept(DOUBT)],
+        "fill read back too late": [ev(FILL, DOUBT | Flag.GEN_KNOWN)],
+    },
     "address-space-generation": {
         "fill in SMM with its own generation": [ev(FILL, IN_SMM | AS1, **HOLE)],
         "fill outside SMM": [ev(FILL, NORMAL | LIVE, **HOLE), ev(FILL, NORMAL | AS0, **HOLE)],

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,13 +16,14 @@ from kvmprobe.analysis.rules import (
     internal_slot_armed,
     internal_slot_fill,
     internal_slot_hit,
+    internal_slot_presumed,
     no_progress_fault,
     noslot_from_l1,
     spte_overwrite,
     stale_spte_storm,
     unexplained_mmio,
 )
-from kvmprobe.analysis.rules.model import CODE_BITS, WORDS, Event, Rule, Step
+from kvmprobe.analysis.rules.model import WORDS, Event, Rule, Step
 
 #: Every rule, in the order in which they are listed and stepped.
 RULES: tuple[Rule, ...] = (
@@ -36,22 +39,26 @@ RULES: tuple[Rule, ...] = (
     no_progress_fault.RULE,
     stale_spte_storm.RULE,
     apic_page_emulated.RULE,
+    internal_slot_presumed.RULE,
 )
 
 #: The faults that get a verdict, in order.
 FAULTS: tuple[str, ...] = tuple(dict.fromkeys(rule.fault for rule in RULES if rule.convicts))
 
-#: The same with the place of the vCPU's first word -> the codes of all rules, `CODE_BITS` bits
-#: each, the first rule's lowest.
-StepAll = Step
+#: An event, the words of all rules, where this vCPU's begin, and room for a code a rule -> bit r:
+#: rule r answered, and its code is in the room.
+StepAll = Callable[[Event, NDArray[np.uint64], int, NDArray[np.uint8]], int]
+
+if len(RULES) > 63:
+    raise ImportError("one bit a rule doesn't fit a 64-bit word any more")
 
 
-def _chain(rules: tuple[Rule, ...]) -> tuple[StepAll, tuple[Step, ...]]:
+def _chain(rules: tuple[Rule, ...]) -> tuple[StepAll, tuple[StepAll, ...]]:
     """Join step functions into one, by nesting: numba compiles no loop over functions.
 
     An event is sent to the rules that watch its type, by a search through the types.
     """
-    links: list[Step] = [_nothing]
+    links: list[StepAll] = [_nothing]
     watched: list[tuple[int, StepAll]] = []
     for kind in sorted({int(kind) for rule in rules for kind in rule.watches}):
         chained: StepAll = _nothing
@@ -63,27 +70,31 @@ def _chain(rules: tuple[Rule, ...]) -> tuple[StepAll, tuple[Step, ...]]:
     return _choose(watched, links), tuple(links)
 
 
-def _nothing(e: Event, words: NDArray[np.uint64], at: int) -> int:  # noqa: ARG001 - an end
+def _nothing(e: Event, words: NDArray[np.uint64], at: int, codes: NDArray[np.uint8]) -> int:  # noqa: ARG001 - an end
     return 0
 
 
 def _link(index: int, first: Step, rest: StepAll) -> StepAll:
-    shift = index * CODE_BITS
+    bit = 1 << index
     word = index * WORDS
 
-    def step(e: Event, words: NDArray[np.uint64], at: int) -> int:
-        return (first(e, words, at + word) << shift) | rest(e, words, at)
+    def step(e: Event, words: NDArray[np.uint64], at: int, codes: NDArray[np.uint8]) -> int:
+        code = first(e, words, at + word)
+        if code == 0:
+            return rest(e, words, at, codes)
+        codes[index] = code
+        return bit | rest(e, words, at, codes)
 
     return step
 
 
-def _choose(watched: list[tuple[int, StepAll]], links: list[Step]) -> StepAll:
+def _choose(watched: list[tuple[int, StepAll]], links: list[StepAll]) -> StepAll:
     """Make a binary search through (type, step) pairs; what it is made of goes to `links`."""
     if len(watched) == 1:
         (only, step) = watched[0]
 
-        def leaf(e: Event, words: NDArray[np.uint64], at: int) -> int:
-            return step(e, words, at) if e.type == only else 0
+        def leaf(e: Event, words: NDArray[np.uint64], at: int, codes: NDArray[np.uint8]) -> int:
+            return step(e, words, at, codes) if e.type == only else 0
 
         links.append(leaf)
         return leaf
@@ -91,8 +102,8 @@ def _choose(watched: list[tuple[int, StepAll]], links: list[Step]) -> StepAll:
     low, high = _choose(watched[:half], links), _choose(watched[half:], links)
     first = watched[half][0]
 
-    def fork(e: Event, words: NDArray[np.uint64], at: int) -> int:
-        return low(e, words, at) if e.type < first else high(e, words, at)
+    def fork(e: Event, words: NDArray[np.uint64], at: int, codes: NDArray[np.uint8]) -> int:
+        return low(e, words, at, codes) if e.type < first else high(e, words, at, codes)
 
     links.append(fork)
     return fork

@@ -23,7 +23,6 @@ EVIDENCE = 2  #: belongs to an occurrence that was counted already
 ACQUITS = 4  #: proves that the kernel does the right thing
 CAUSE = 8  #: remember this event as the vCPU's newest cause
 CITES = 16  #: the newest cause belongs to this event's evidence
-CODE_BITS = 5
 
 #: Words of memory a rule has per vCPU, all 0 when the vCPU appears.
 WORDS = 4
@@ -107,8 +106,9 @@ class Rule:
     answers to; of those it sees the events that kvmprobe_candidate() of probes/events.h picks.
 
     `accuses`: a finding is proof against the kernel, and the fault gets a verdict.  Information
-    never is; nor is a symptom that has causes outside KVM.  `acquittal` says what an acquittal
-    shows, after its number.
+    never is; nor is a symptom that has causes outside KVM.  `doubts`: a finding leaves the fault's
+    verdict open, unless there is proof either way.  `acquittal` says what an acquittal shows, after
+    its number.
     """
 
     id: str
@@ -126,6 +126,7 @@ class Rule:
     step: Step = field(repr=False)
     watches: tuple[Type, ...]
     accuses: bool = True
+    doubts: bool = False
     acquittal: str = ""
 
     def __post_init__(self) -> None:

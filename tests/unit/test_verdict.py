@@ -19,6 +19,7 @@ from kvmprobe.analysis.verdict import (
     worst,
 )
 from kvmprobe.probes.schema import SLOT_APIC, Type
+from tests import rule_cases
 from tests.streams import APIC_GPA, L2, RAM_GPA, detect, ev, kept, noslot, stream
 
 FULL = frozenset(
@@ -70,6 +71,17 @@ def test_silence() -> None:
 def test_information_convicts_nobody() -> None:
     apic = ev(Type.MMIO, L2, kind=1, addr=APIC_GPA, slot=SLOT_APIC)
     assert _judge(apic).verdict == NOT_EXERCISED
+
+
+def test_presumed_slot_leaves_the_verdict_open() -> None:
+    touch = noslot(rule_cases.DOUBT)
+    verdict = _judge(touch, touch)
+    assert (verdict.verdict, verdict.missing) == (INCONCLUSIVE, ())
+    assert verdict.basis[0].startswith("internal-slot-presumed: 2 on 1 vCPU(s): ")
+    # Proof either way closes it.
+    assert _judge(touch, PROOF).verdict == FIXED
+    assert _judge(touch, HARM).verdict == VULNERABLE
+    assert _judge(touch, fault="cache-hits-memory").verdict == NOT_EXERCISED
 
 
 def test_faults_are_judged_apart() -> None:
