@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 from kvmprobe.analysis.findings import Acquittal, Finding
@@ -75,21 +76,37 @@ def _records(count: int) -> str:
     return f"{count} record{'' if count == 1 else 's'}"
 
 
-def _missing(fault: str, coverage: Coverage) -> tuple[str, ...]:
-    """Say what must be known and isn't, before silence about the fault means anything."""
-    missing: dict[str, None] = {}
-    needed: dict[str, None] = {}
+@cache
+def _needed(fault: str) -> frozenset[str]:
+    """Name the observations of which a loss may hide the fault, or the proof of its absence."""
+    # A new VM or vCPU that isn't told from the old one confuses what is remembered of it.
+    needed = {"LIFECYCLE"}
+    for rule in RULES:
+        if rule.fault == fault and rule.convicts:
+            needed.update(wanted.type.name for group in rule.needs.convicts for wanted in group)
+            needed.update(wanted.type.name for wanted in rule.needs.acquits)
+    return frozenset(needed)
+
+
+@lru_cache(maxsize=64)
+def _unseen(fault: str, attached: frozenset[tuple[str, str]]) -> tuple[str, ...]:
+    """Say which observations the fault's rules need and nothing gives."""
+    coverage = Coverage(attached, {})
+    unseen: dict[str, None] = {}
     for rule in RULES:
         if rule.fault != fault or not rule.convicts:
             continue
         for group in rule.needs.convicts:
             if not any(coverage.sees(wanted) for wanted in group):
                 names = ", nor ".join(str(wanted) for wanted in group)
-                missing[f"not observed: {names} ({rule.id})"] = None
-            needed.update(dict.fromkeys(wanted.type.name for wanted in group))
-        needed.update(dict.fromkeys(wanted.type.name for wanted in rule.needs.acquits))
-    # A new VM or vCPU that isn't told from the old one confuses what is remembered of it.
-    needed["LIFECYCLE"] = None
+                unseen[f"not observed: {names} ({rule.id})"] = None
+    return tuple(unseen)
+
+
+def _missing(fault: str, coverage: Coverage) -> tuple[str, ...]:
+    """Say what must be known and isn't, before silence about the fault means anything."""
+    needed = _needed(fault)
+    missing = dict.fromkeys(_unseen(fault, coverage.attached))
     for observation, records in coverage.lost.items():
         if records and (observation in needed or observation.startswith("type-")):
             missing[f"lost: {_records(records)} of {observation}"] = None

@@ -21,12 +21,16 @@ from typing import Any
 import numpy as np
 
 from kvmprobe.analysis.detector import Detector
+from kvmprobe.analysis.jit import available
 from kvmprobe.probes.schema import columns
+from tests.model.batch import Batch
 from tests.model.check import Said, lose, problems, reorder, say, with_losses
 from tests.model.runs import Run, random_run
 from tests.streams import tell, told
 
 _CHUNK = 250
+#: Runs in one stream.
+_TOGETHER = 125
 
 
 @dataclass
@@ -48,6 +52,14 @@ class Tally:
         self.found += other.found
         self.verdicts += other.verdicts
         self.wrong += other.wrong
+
+    def add_run(self, run: Run, said: Said) -> None:
+        """Count a run and what was said of it."""
+        self.runs += 1
+        self.events += len(run.rows)
+        self.happened.update(h.what.name for h in run.truth.happenings)
+        self.found.update(f.rule.id for f in said.findings)
+        self.verdicts.update(f"{v.fault}: {v.verdict}" for v in said.verdicts.values())
 
 
 def _told(said: Said) -> list[tuple[Any, ...]]:
@@ -73,11 +85,7 @@ def examine(run: Run, random: Random, tally: Tally) -> list[str]:
         lossy = say(run, lose(run, random, counted=counted))
         kind = "counted" if counted else "uncounted"
         wrong += [f"{kind} loss: {p}" for p in problems(run, lossy, whole=False)]
-    tally.runs += 1
-    tally.events += len(run.rows)
-    tally.happened.update(h.what.name for h in run.truth.happenings)
-    tally.found.update(f.rule.id for f in said.findings)
-    tally.verdicts.update(f"{v.fault}: {v.verdict}" for v in said.verdicts.values())
+    tally.add_run(run, said)
     return wrong
 
 
@@ -91,13 +99,49 @@ def make(seed: int, number: int, actions: int) -> tuple[Run, Random]:
 
 
 def campaign(seed: int, numbers: range, actions: int = 40) -> Tally:
-    """Make and check runs; what was wrong names the run."""
+    """Make and check runs, many in one stream; what was wrong names the run."""
     tally = Tally()
-    for number in numbers:
-        run, random = make(seed, number, actions)
-        wrong = examine(run, random, tally)
-        tally.wrong += [f"run {seed}:{number} ({run.kind}): {p}" for p in wrong]
+    for start in range(numbers.start, numbers.stop, _TOGETHER):
+        own = range(start, min(start + _TOGETHER, numbers.stop))
+        made = [make(seed, number, actions) for number in own]
+        for number, (run, _), wrong in zip(own, made, examine_all(made, tally), strict=True):
+            kind = run.kind
+            tally.wrong += [f"run {seed}:{number} ({kind}): {p}" for p in wrong]
     return tally
+
+
+def examine_all(made: list[tuple[Run, Random]], tally: Tally) -> list[list[str]]:
+    """Check runs as `examine` does, side by side in one stream."""
+    runs, random = [run for run, _ in made], made[0][1]
+    batch = Batch.of(runs)
+    whole = [not run.probes.skip_exits for run in runs]
+    parts = [run.rows if w else with_losses(run) for run, w in zip(runs, whole, strict=True)]
+    rows = batch.stream(parts)
+    said = batch.say(rows, jit=available())
+    wrong = [problems(run, said.of(n), whole=whole[n]) for n, run in enumerate(runs)]
+    cuts = [random.randrange(len(rows) + 1) for _ in range(random.choice((1, 5, 40)))]
+    others = {
+        f"when cut at {sorted(cuts)}": batch.say(rows, cuts),
+        "when vCPUs are interleaved in another way": batch.say(
+            batch.stream(
+                [reorder(part, own) for part, (_, own) in zip(parts, made, strict=True)], random
+            )
+        ),
+        "from candidates alone": batch.say(rows[(rows["flags"] & CANDIDATE) != 0]),
+    }
+    for how, other in others.items():
+        if other.told != said.told:
+            wrong[0].append(f"another answer of it or the next {len(runs) - 1} runs {how}")
+    for counted in (True, False):
+        kind = "counted" if counted else "uncounted"
+        lossy = batch.say(
+            batch.stream([lose(run, random, counted=counted) for run in runs], random)
+        )
+        for n, run in enumerate(runs):
+            wrong[n] += [f"{kind} loss: {p}" for p in problems(run, lossy.of(n), whole=False)]
+    for n, run in enumerate(runs):
+        tally.add_run(run, said.of(n))
+    return wrong
 
 
 def equal_when_compiled(seed: int, numbers: range, actions: int = 40) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -13,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmprobe.analysis.findings import Acquittal, Finding
-from kvmprobe.analysis.integrity import Integrity
 from kvmprobe.analysis.judge import Judge
 from kvmprobe.analysis.rules import RULES
 from kvmprobe.analysis.verdict import Verdict
@@ -86,7 +86,12 @@ def expected(run: Run) -> dict[Key, Expected]:
 
 def plan(run: Run) -> list[dict[str, Any]]:
     """Return what the recording's header says was attached."""
-    points = [*(FUNCTIONS if run.probes.functions else ())]
+    return _plan(run.probes.functions)
+
+
+@cache
+def _plan(functions: bool) -> list[dict[str, Any]]:
+    points = [*(FUNCTIONS if functions else ())]
     sees = [s for p in points for s in p.sees]
     played = {p.role for p in points}
     sees += [s for p in TRACEPOINTS if p.instead_of not in played for s in p.sees]
@@ -100,7 +105,6 @@ class Said:
     findings: tuple[Finding, ...]
     acquittals: tuple[Acquittal, ...]
     verdicts: Mapping[str, Verdict]
-    integrity: Integrity
 
 
 def say(run: Run, rows: NDArray[Any], cuts: Iterable[int] = ()) -> Said:
@@ -109,7 +113,7 @@ def say(run: Run, rows: NDArray[Any], cuts: Iterable[int] = ()) -> Said:
     for part in np.split(rows, sorted(cuts)):
         judge.feed(columns(part))
     report = judge.report()
-    return Said(report.findings, report.acquittals, report.verdicts, judge.integrity)
+    return Said(report.findings, report.acquittals, report.verdicts)
 
 
 def _own_evidence(f: Finding) -> set[tuple[int, int]]:
