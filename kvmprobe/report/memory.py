@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""The guest-physical map: which memslots a VM had, and which pages its vCPUs' caches held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvmprobe.probes.schema import Columns, Flag, MemslotChange, Type
+
+#: Pages and placements of memslots kept over all VMs; beyond that they are counted.
+MAX_PAGES = 4096
+MAX_PLACEMENTS = 4096
+_GONE = (MemslotChange.DELETED, MemslotChange.MOVED_FROM)
+_PAGE_SHIFT = np.uint64(12)
+
+
+@dataclass
+class Placement:
+    """A memslot at a place: `base` in bytes, `npages`, the address spaces that had it, when.
+
+    `made` is how often it came; `present` the address spaces that have it at the end.
+    """
+
+    slot: int
+    base: int
+    npages: int
+    flags: int = 0
+    spaces: set[int] = field(default_factory=set)
+    made: int = 0
+    present: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Page:
+    """A page that the MMIO cache held or that was accessed as MMIO, with counts of events.
+
+    `slot` is a memslot that stood there then, -1: none ever did.
+    """
+
+    gfn: int
+    slot: int = -1
+    fills_l1: int = 0
+    fills_l2: int = 0
+    fills_other: int = 0
+    matches: int = 0
+    accesses: int = 0
+
+    def add(self, other: Page) -> None:
+        """Add another's counts."""
+        self.slot = max(self.slot, other.slot)
+        for name in COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+COUNTS = ("fills_l1", "fills_l2", "fills_other", "matches", "accesses")
+
+
+class Memory:
+    """Gathers the maps of a stream's VMs."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        # Pages of memory apart from pages of devices, so that no flood of these hides those.
+        self._pages: tuple[dict[tuple[int, int], Page], ...] = ({}, {})
+        self._placements: dict[tuple[int, int, int, int], Placement] = {}
+        #: Counts that were left out.
+        self.more_pages = 0
+        self.more_placements = 0
+
+    def feed(self, columns: Columns) -> None:
+        """Take in one batch with all columns of the event."""
+        kinds = columns["type"]
+        for i in np.flatnonzero(kinds == Type.MEMSLOT).tolist():
+            self._place({name: int(values[i]) for name, values in columns.items()})
+        full = (columns["addr"] | columns["value"]) != 0  # an empty cache holds no page
+        wanted = (kinds == Type.MATCH) | (kinds == Type.MMIO)
+        wanted |= ((kinds == Type.FILL) | (kinds == Type.CACHE)) & full
+        if wanted.any():
+            self._count({n: columns[n][wanted] for n in ("vm", "type", "flags", "addr", "slot")})
+
+    def vms(self) -> list[int]:
+        """The VMs that have a map."""
+        pages = {vm for kind in self._pages for vm, _ in kind}
+        return sorted(pages | {vm for vm, *_ in self._placements})
+
+    def placements(self, vm: int) -> list[Placement]:
+        """The VM's memslots in order of address."""
+        own = (p for (of, *_), p in self._placements.items() if of == vm)
+        return sorted(own, key=lambda p: (p.base, p.npages, p.slot))
+
+    def pages(self, vm: int) -> list[Page]:
+        """The VM's pages in order of address."""
+        own: dict[int, Page] = {}
+        for kind in self._pages:
+            for (of, gfn), page in kind.items():
+                if of == vm:
+                    own.setdefault(gfn, Page(gfn)).add(page)
+        return [own[gfn] for gfn in sorted(own)]
+
+    def _count(self, rows: Columns) -> None:
+        """Count the events of each page."""
+        memory = (rows["slot"] >= 0) & (rows["addr"] >> _PAGE_SHIFT != 0)
+        vms, vm = np.unique(rows["vm"], return_inverse=True)
+        gfns, gfn = np.unique(rows["addr"] >> _PAGE_SHIFT, return_inverse=True)
+        codes, at = np.unique((gfn * len(vms) + vm) * 2 + memory, return_inverse=True)
+        level = rows["flags"] & np.uint32(Flag.L2 | Flag.LEVEL_KNOWN)
+        fill = rows["type"] == Type.FILL
+        l1 = fill & (level == Flag.LEVEL_KNOWN)
+        l2 = fill & (level == np.uint32(Flag.L2 | Flag.LEVEL_KNOWN))
+        counts = [
+            np.bincount(at[chosen], minlength=len(codes)).tolist()
+            for chosen in (
+                l1,
+                l2,
+                fill & ~l1 & ~l2,
+                rows["type"] == Type.MATCH,
+                rows["type"] == Type.MMIO,
+            )
+        ]
+        slots = np.full(len(codes), -1, np.int64)
+        np.maximum.at(slots, at, rows["slot"])
+        for n, code in enumerate(codes[: 2 * MAX_PAGES].tolist()):
+            kind = self._pages[code % 2]
+            key = int(vms[code // 2 % len(vms)]), int(gfns[code // 2 // len(vms)])
+            if key in kind or len(kind) < MAX_PAGES:
+                new = Page(key[1], int(slots[n]), *(count[n] for count in counts))
+                kind.setdefault(key, Page(key[1])).add(new)
+            else:
+                self.more_pages += 1
+        self.more_pages += max(0, len(codes) - 2 * MAX_PAGES)
+
+    def _place(self, event: dict[str, int]) -> None:
+        """Follow one change of a memslot."""
+        vm, slot, space, change = event["vm"], event["slot"], event["len"], event["kind"]
+        key = vm, slot, event["addr"], event["value"]
+        if change in _GONE:
+            for (of, number, base, _), gone in self._placements.items():
+                if (of, number) == (vm, slot) and base == event["addr"]:
+                    gone.present.discard(space)
+            return
+        placement = self._placements.get(key)
+        if placement is None:
+            if len(self._placements) >= MAX_PLACEMENTS:
+                self.more_placements += 1
+                return
+            placement = Placement(slot, event["addr"], event["value"])
+            self._placements[key] = placement
+        if space not in placement.present:
+            placement.made += 1
+        placement.spaces.add(space)
+        placement.present.add(space)
+        placement.flags = event["aux"]
