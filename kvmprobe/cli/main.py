@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from kvmprobe import __version__
-from kvmprobe.cli import analyze, doctor, export, import_, info, record, rules, verify
+from kvmprobe.cli import ack, analyze, doctor, export, import_, info, record, rules, verify, watch
 from kvmprobe.errors import KvmprobeError
 
 app = typer.Typer(
@@ -31,6 +31,8 @@ for command in (
     rules.rules,
     doctor.doctor,
     verify.verify,
+    watch.watch,
+    ack.ack,
 ):
     app.command()(command)
 app.command("import")(import_.import_)
