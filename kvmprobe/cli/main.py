@@ -13,7 +13,19 @@ import typer
 from typer.exceptions import TyperException
 
 from kvmprobe import __version__
-from kvmprobe.cli import ack, analyze, doctor, export, import_, info, record, rules, verify, watch
+from kvmprobe.cli import (
+    ack,
+    analyze,
+    doctor,
+    export,
+    import_,
+    info,
+    record,
+    report,
+    rules,
+    verify,
+    watch,
+)
 from kvmprobe.errors import KvmprobeError
 
 app = typer.Typer(
@@ -26,6 +38,7 @@ app = typer.Typer(
 for command in (
     record.record,
     analyze.analyze,
+    report.report,
     info.info,
     export.export,
     rules.rules,
