@@ -1,54 +1,46 @@
 # SPDX-License-Identifier: MIT
-"""`kvmprobe doctor`: can this host be recorded, how, and can the fault occur here."""
+"""`kvmprobe doctor`: can this host be recorded, how, and can the faults occur here."""
 
 from __future__ import annotations
 
-from kvmprobe.errors import HostError, KvmprobeError
+import json
+from pathlib import Path
+from typing import Annotated
 
-_PARAMETERS = (
-    "kvm_intel.nested",
-    "kvm_intel.ept",
-    "kvm_intel.unrestricted_guest",
-    "kvm_amd.nested",
-    "kvm_amd.npt",
-    "kvm_amd.avic",
-    "kvm.mmio_caching",
-    "kvm.force_emulation_prefix",
-)
+import typer
+
+from kvmprobe.errors import HostError
 
 
-def doctor() -> None:
-    """Say what this host is, which probes would be attached and why.  Attaches nothing.
+def doctor(
+    captures: Annotated[
+        list[Path] | None,
+        typer.Option("--capture", help="A capture of this host that may show a fault; repeatable."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also run what `kvmprobe verify` runs.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Say what this host is, what can be observed on it, and what is exposed.
+
+    Attaches every probe for one second, to see that it can be done and which
+    VMs run.  Exposure is one word a fault: unreachable (the configuration
+    rules it out), reachable (nothing does), shown (by a capture or a verify).
 
     Exits with 1 when recording is impossible here.
     """
-    from kvmprobe.capture.session import Filters, Session
     from kvmprobe.cli.tables import columns, plan_lines
-    from kvmprobe.host.exposure import exposure
-    from kvmprobe.host.facts import access, host_facts
+    from kvmprobe.doctor.report import document, examine
+    from kvmprobe.doctor.text import facts, rest
 
-    facts, may = host_facts(), access()
-    parameters = [(n, facts["parameters"][n]) for n in _PARAMETERS if n in facts["parameters"]]
-    lines = columns(
-        [
-            ("kernel", str(facts["kernel"])),
-            ("vendor", str(facts["vendor"])),
-            ("modules", ", ".join(facts["modules"])),
-            *parameters,
-            ("BTF", "yes" if may.btf else "no"),
-            ("lockdown", str(may.lockdown or "none")),
-            ("permission to trace", "yes" if may.may_trace else "no: run as root"),
-            ("/dev/kvm", "usable" if may.kvm_usable else "not usable by this user"),
-            ("internal slots", exposure(facts["vendor"], facts["parameters"])),
-        ]
-    )
-    print("\n".join(lines), flush=True)
-    problems = may.advice()
-    if problems:
-        raise HostError("this host can't be recorded: " + "; ".join(problems))
-    with Session(Filters()) as session:
-        try:
-            session.prepare()
-        except KvmprobeError as error:
-            raise HostError(f"this host can't be recorded: {error}") from error
-        print("\n".join(plan_lines(session.plan.rows())))
+    report = examine(captures or [], verify=verify)
+    if as_json:
+        print(json.dumps(document(report), indent=2), flush=True)
+    else:
+        lines = columns(facts(report))
+        if report.sample.plan:
+            lines += plan_lines(report.sample.plan)
+        print("\n".join([*lines, *rest(report)]), flush=True)
+    if report.problems:
+        raise HostError("this host can't be recorded: " + "; ".join(report.problems))

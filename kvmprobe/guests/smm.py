@@ -160,10 +160,14 @@ class Result:
         return f"{what} {there} {seen} {self.began} {self.ended}"
 
 
-def supported(machine: Machine) -> bool:
+def supported() -> bool:
     """Whether this KVM has SMM (KVM_CAP_X86_SMM); GuestError when it can't tell."""
-    what = "tell whether it has SMM"
-    return bool(kvm.call(machine._fd, CHECK_EXTENSION, CAP_X86_SMM, what))
+    device = kvm.open_device()
+    try:
+        what = "tell whether it has SMM"
+        return bool(kvm.call(device, CHECK_EXTENSION, CAP_X86_SMM, what))
+    finally:
+        os.close(device)
 
 
 class Guest:
@@ -173,7 +177,7 @@ class Guest:
     """
 
     def __init__(self, machine: Machine) -> None:
-        if not supported(machine):
+        if not supported():
             raise GuestError("this KVM has no SMM (KVM_CAP_X86_SMM)")
         self._machine = machine
         machine.set_tss_addr()

@@ -57,6 +57,18 @@ def vm_name(pid: int, proc: Path = Path("/proc")) -> str | None:
     return _qemu_name(arguments)
 
 
+def nested_runs(pid: int, debug: Path = Path("/sys/kernel/debug/kvm")) -> int | None:
+    """How often the vCPUs of a process's VMs entered an L2; None where debugfs does not say.
+
+    It is the counter `nested_run` of kvm_vm_debugfs, which only root may read.
+    """
+    try:
+        counts = [int(path.read_text()) for path in debug.glob(f"{pid}-*/nested_run")]
+    except (OSError, ValueError):
+        return None
+    return sum(counts) if counts else None
+
+
 def _holds_vm(directory: Path) -> bool:
     return any(str(fd.readlink()) == "anon_inode:kvm-vm" for fd in (directory / "fd").iterdir())
 

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from kvmprobe import __version__
 from kvmprobe.host.facts import HostFacts
 
 SCHEMA = "kvmprobe.verify/1"
+SCHEMA_FILE = Path(__file__).parent / "schema" / "verify-1.json"
 
 #: "untested" is a probe that was not asked for; "unknown" one that was, and gave no answer.
 State = Literal["vulnerable", "fixed", "unreachable", "untested", "unknown"]
@@ -58,8 +61,14 @@ def text(answers: Sequence[Answer]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of `document`."""
+    schema: dict[str, Any] = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    return schema
+
+
 def document(answers: Sequence[Answer], host: HostFacts) -> dict[str, Any]:
-    """The JSON document; docs/verify.md describes it.  Additions keep /1."""
+    """The JSON document; `json_schema` describes it.  Additions keep /1."""
     return {
         "schema": SCHEMA,
         "tool": {"name": "kvmprobe", "version": __version__},

@@ -120,10 +120,9 @@ def address_space() -> Answer:
     also in SMM (vcpu_cache_mmio_info(), vcpu_match_mmio_gen()).  Raises GuestError when KVM can't
     run it.
     """
-    with Machine() as machine:
-        if not smm.supported(machine):
-            reason = "this KVM has no SMM (KVM_CAP_X86_SMM), so a VM has only one address space"
-            return Answer(ADDRESS_SPACE, "unreachable", reason)
+    if not smm.supported():
+        reason = "this KVM has no SMM (KVM_CAP_X86_SMM), so a VM has only one address space"
+        return Answer(ADDRESS_SPACE, "unreachable", reason)
     results = [r for name in ("forward", "reverse", "stale") for r in smm.run(smm.RECIPES[name])]
     wrong = [result for result in results if result.wrong]
     evidence = tuple(

@@ -7,11 +7,12 @@ import itertools
 import json
 from typing import get_args
 
+import jsonschema
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmprobe.host.facts import host_facts
-from kvmprobe.verify.answers import Answer, State, document, exit_status, text
+from kvmprobe.verify.answers import Answer, State, document, exit_status, json_schema, text
 from kvmprobe.verify.probes import ADDRESS_SPACE, INTERNAL_SLOT, SPTE_OVERWRITE
 from kvmprobe.verify.run import SECONDS
 
@@ -43,7 +44,7 @@ def test_text_names_every_fault_and_keeps_to_80_columns(answers: list[Answer]) -
 def test_document_is_json_and_whole() -> None:
     answers = [Answer(ADDRESS_SPACE, "vulnerable", "why", ("F6",))]
     got = json.loads(json.dumps(document(answers, host_facts())))
-    assert got["schema"] == "kvmprobe.verify/1"
+    jsonschema.validate(got, json_schema())
     assert got["exit_status"] == 2
     assert got["answers"] == [
         {
