@@ -23,6 +23,7 @@ from kvmprobe.cli import (
     record,
     report,
     rules,
+    stat,
     verify,
     watch,
 )
@@ -40,6 +41,7 @@ for command in (
     analyze.analyze,
     report.report,
     info.info,
+    stat.stat,
     export.export,
     rules.rules,
     doctor.doctor,
