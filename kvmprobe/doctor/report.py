@@ -84,11 +84,16 @@ def examine(captures: Sequence[Path], *, verify: bool) -> Report:
         livepatches=tuple(kvm_livepatches()),
         exposures=tuple(
             next((e for e in shown if e.fault == exposure.fault), exposure)
-            for exposure in exposures(
-                host["vendor"], host["parameters"], smm=_ask(smm.supported), nests=_ask(_nests)
-            )
+            for exposure in configured(host)
         ),
         verified=verified,
+    )
+
+
+def configured(host: HostFacts) -> list[Exposure]:
+    """What this host's configuration, and its KVM when asked, say about each fault."""
+    return exposures(
+        host["vendor"], host["parameters"], smm=_ask(smm.supported), nests=_ask(_nests)
     )
 
 

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""A bounded look at a host, answered as monitoring plugins answer."""
