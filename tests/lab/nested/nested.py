@@ -39,7 +39,7 @@ def make_internal_slot(machine: Machine, gpa: int, size: int = 3 * 4096) -> None
 
 def wait_for(path: Path, files: int) -> None:
     """Wait until there are so many files with this path's name and any suffix."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1800
     while len(list(path.parent.glob(path.name + "*"))) < files:
         if time.monotonic() > deadline:
             raise GuestError(f"nobody else came to {path}")
