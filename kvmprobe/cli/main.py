@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from kvmprobe import __version__
 from kvmprobe.cli import (
     ack,
     analyze,
+    check,
     doctor,
     export,
     import_,
@@ -46,6 +48,7 @@ for command in (
     rules.rules,
     doctor.doctor,
     verify.verify,
+    check.check,
     watch.watch,
     ack.ack,
 ):
@@ -102,6 +105,12 @@ def main() -> None:
         if error.errno not in _OUTPUT_ERRORS:
             raise
         status = _fail(f"can't write the output: {error.strerror}", 1)
+    except Exception:
+        # Python's own status for it is 1, which would be one of their answers.
+        if not _answers_by_status():
+            raise
+        traceback.print_exc()
+        status = _UNKNOWN
     _drop_broken_stdout()
     sys.exit(status)
 
@@ -113,8 +122,13 @@ def _open_closed_streams() -> None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for good
 
 
+def _answers_by_status() -> bool:
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    return command in _ANSWER_BY_STATUS
+
+
 def _fail(message: str, status: int) -> int:
-    if next((word for word in sys.argv[1:] if not word.startswith("-")), "") in _ANSWER_BY_STATUS:
+    if _answers_by_status():
         status = _UNKNOWN
     # A name in it may hold a line break, or what a terminal takes for a command.
     line = "".join(c if c.isprintable() else "?" for c in message)
