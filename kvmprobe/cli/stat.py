@@ -66,6 +66,8 @@ def stat(
         raise UsageError(f"--sort is one of {', '.join(SORTS)}, not {sort!r}")
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other")
+    if pid is not None and vm is not None:
+        raise UsageError("--pid and --vm exclude each other")
     if captures and (pid or vm or interval or duration is not None):
         raise UsageError("-d, -p, --vm and --interval are for counting live, not for captures")
     if interval and (as_json or as_csv):

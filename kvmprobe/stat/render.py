@@ -210,9 +210,9 @@ INTERVAL = {
 def interval_line(before: Counted, now: Counted) -> str:
     """What came between two readings: seconds since the start, then one count a table."""
     counts = [now.total(table) - before.total(table) for table in INTERVAL.values()]
-    return " ".join([f"{now.seconds:8.1f}", *(f"{count:>9,}" for count in counts)])
+    return " ".join([f"{now.seconds:8.1f}", *(f"{count:>7,}" for count in counts)])
 
 
 def interval_head() -> str:
     """The heads of such lines."""
-    return " ".join([f"{'seconds':>8}", *(f"{name:>9}" for name in INTERVAL)])
+    return " ".join([f"{'seconds':>8}", *(f"{name:>7}" for name in INTERVAL)])
