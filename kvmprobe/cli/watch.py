@@ -47,8 +47,8 @@ def watch(
 ) -> None:
     """Watch this host's KVM until SIGTERM or Ctrl-C: metrics, findings, evidence.  Needs root.
 
-    Options go before the configuration.  SIGHUP reads it again, and attaches again after SIGUSR1,
-    which detaches, so that KVM's modules can be unloaded.
+    Options outrank the configuration file.  SIGHUP reads the file again.  SIGUSR1 detaches, so that
+    KVM's modules can be unloaded, until SIGHUP.
     """
     overrides: dict[str, Any] = {
         "state_directory": _absolute(state_directory),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import stat
 import tomllib
@@ -190,8 +191,9 @@ def _merge(tables: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path, *, missing_ok: bool) -> str:
     try:
-        with path.open("rb") as file:
-            if not stat.S_ISREG(path.stat().st_mode):
+        # O_NONBLOCK: a FIFO must not hold us up.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ConfigError(f"{path} is no regular file; name a TOML file")
             data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
