@@ -33,6 +33,6 @@ def report(
         found = gather(reader)
         for part in render(found):
             file.write(part.encode("utf-8", "replace"))
-    print(
-        f"{path}: {found.analysis.verdict}, {len(found.capture.findings)} findings", file=sys.stderr
-    )
+    number = len(found.capture.findings)
+    many = "finding" if number == 1 else "findings"
+    print(f"{path}: {found.analysis.verdict}, {number} {many}", file=sys.stderr)

@@ -111,7 +111,7 @@ def _slot_row(slot: Placement) -> Row:
 
 def _page_row(page: Page) -> Row:
     notes = [
-        f"{count:,} {what}"
+        f"{what}: {count:,}"
         for count, what in (
             (page.fills_l1, "filled by L1"),
             (page.fills_l2, "filled by L2"),

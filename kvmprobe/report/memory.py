@@ -121,7 +121,9 @@ class Memory:
         ]
         slots = np.full(len(codes), -1, np.int64)
         np.maximum.at(slots, at, rows["slot"])
-        for n, code in enumerate(codes[: 2 * MAX_PAGES].tolist()):
+        # Memory comes first: no flood in one batch hides it.
+        order = np.argsort(codes % 2 == 0, kind="stable")[: 2 * MAX_PAGES]
+        for n, code in zip(order.tolist(), codes[order].tolist(), strict=True):
             kind = self._pages[code % 2]
             key = int(vms[code // 2 % len(vms)]), int(gfns[code // 2 // len(vms)])
             if key in kind or len(kind) < MAX_PAGES:

@@ -221,7 +221,7 @@
 
   // ---- building and drawing ----------------------------------------------------------------
   const board = byId("lanes"), rows = byId("rate-rows");
-  const overview = addTrack(board, 20, "The whole recording", `${number(findings.length)} findings`, drawOverview);
+  const overview = addTrack(board, 20, "The whole recording", `${number(findings.length)} finding${findings.length === 1 ? "" : "s"}`, drawOverview);
   const mainAxis = addTrack(board, 20, "", "", drawAxis);
   mainAxis.classList.add("axis");
   const lossRow = rates.find((row) => row.name === "LOSS");
@@ -281,7 +281,7 @@
     const held = states.map((s) => WHO[who(s)] + (memoryOf(s) ? ", where memory stands" : "") + (staleOf(s) ? ", out of date" : ""));
     const parts = [`${lane.title}, ${when}: ran ${levels.join(" and ")}`,
       held.length ? `the cache held ${held.join("; then ")}${page === "0x0" ? "" : ` (${page})`}` : "what the cache held is not known"];
-    if (inside && lane.matches[i]) parts.push(`believed ${number(lane.matches[i])} times${lane.hits[i] ? `, ${number(lane.hits[i])} for memory` : ""}`);
+    if (inside && lane.matches[i]) parts.push(`believed ${lane.matches[i] === 1 ? "once" : `${number(lane.matches[i])} times`}${lane.hits[i] ? `, ${number(lane.hits[i])} for memory` : ""}`);
     return `${parts.join("; ")}.`;
   };
   const choose = (index) => {
@@ -411,6 +411,7 @@
   addEventListener("scroll", soon, { passive: true });
   addEventListener("beforeprint", () => draw(true));
   choose(0);
+  for (const name of ["next", "previous"]) document.querySelector(`[data-do=${name}]`).hidden = !findings.length;
   const worst = [...findings].sort((a, b) => SEVERITIES.indexOf(b.severity) - SEVERITIES.indexOf(a.severity))[0];
   if (worst) goTo(worst); else say();
   draw(true);
