@@ -14,7 +14,7 @@ from kvmprobe.analysis.verdict import INCONCLUSIVE, VERDICTS, VULNERABLE
 UNREACHABLE = "unreachable"
 WORDS = (*VERDICTS, UNREACHABLE)
 #: VMs and findings that the line names at most; --json has all.
-_NAMED = 5
+_NAMED = 3
 _NAME_LENGTH = 40
 
 
@@ -103,10 +103,12 @@ def conclude(seen: Seen) -> Result:
     code, sentences = Code.OK, []
     for severity, level in (("critical", Code.CRITICAL), ("warning", Code.WARNING)):
         if some := [f for f in found if f.severity == severity]:
-            code = code or level
-            sentences.append(
-                _list([f"{', '.join(f.rules)} on {f.vm}, {_times(f.count)}" for f in some])
-            )
+            # The worst is told in full, the rest by its number.
+            if code:
+                sentences.append(f"{len(some)} {severity} findings more")
+            else:
+                code = level
+                sentences.append(_list([_finding(f) for f in some]))
     proven = [f for f, v in verdicts.items() if v == VULNERABLE and f not in accepted]
     if proven:
         code = code or Code.WARNING
@@ -163,13 +165,15 @@ def _rest(
     for fault, verdict in others.items():
         if not (verdict == INCONCLUSIVE and len(unknown) >= seen.vms):
             words.setdefault(verdict, []).append(fault)
-    if words:
-        yield ", ".join(f"{word} {', '.join(words[word])}" for word in WORDS if word in words)
+    for word in WORDS:
+        if word in words:
+            yield f"{word}: {', '.join(words[word])}"
     yield f"watched {seen.seconds:.1f} s, {seen.vms} VM{'' if seen.vms == 1 else 's'}"
 
 
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"
+def _finding(found: Found) -> str:
+    times = "once" if found.count == 1 else f"{found.count} times"
+    return f"{' and '.join(found.rules)} on {found.vm} {times}"
 
 
 def _list(items: Sequence[str]) -> str:

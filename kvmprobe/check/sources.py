@@ -111,7 +111,7 @@ def read_capture(path: Path) -> Seen:
     try:
         with CaptureReader(path) as reader:
             header = reader.header
-            judge = Judge(header["plan"], jit=True, from_first=header["source"]["kind"] == "live")
+            judge = Judge(header["plan"], jit=True)
             first = last = None
             for columns in reader.batches():
                 judge.feed(columns)
