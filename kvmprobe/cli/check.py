@@ -56,7 +56,6 @@ def check(
     from kvmprobe.check.output import textfile as metrics
     from kvmprobe.watch.status import replace_file
 
-    begun = time.monotonic()
     if math.isnan(duration):
         raise UsageError("--duration is a number of seconds, not nan")
     if capture is not None:
@@ -64,7 +63,7 @@ def check(
 
         seen = read_capture(capture)
     else:
-        seen = _look(duration, begun, runtime_directory)
+        seen = _look(duration, runtime_directory)
     result = conclude(seen)
     if textfile is not None:
         data = metrics(result, seen, time.time()).encode()
@@ -76,11 +75,12 @@ def check(
     return int(result.code)
 
 
-def _look(duration: float, begun: float, directory: Path) -> Seen:
+def _look(duration: float, directory: Path) -> Seen:
     from kvmprobe.check.sources import ask_watch, record
     from kvmprobe.doctor.report import configured
-    from kvmprobe.host.facts import host_facts
+    from kvmprobe.host.facts import host_facts, process_age
 
+    begun = time.monotonic() - process_age()
     exposed = configured(host_facts())
     seen, notes = ask_watch(directory, exposed)
     return seen or dataclasses.replace(record(duration, begun, exposed), notes=notes)
