@@ -15,9 +15,7 @@ _ALWAYS = -(1 << 15)  # every slot is above
 
 
 #: Without one of these in a batch, only slots make candidates.
-_ANY = np.uint32(
-    Flag.PRESENT | Flag.BELIEVED | Flag.STUCK | Flag.SMM | Flag.OTHER_AS | Flag.SMM_SEEN
-)
+_ANY = np.uint32(Flag.PRESENT | Flag.STUCK | Flag.SMM | Flag.OTHER_AS | Flag.SMM_SEEN)
 _MATCH_IN_DOUBT = np.uint32(Flag.SMM_SEEN | Flag.GEN_IS_CURRENT)
 _SMM_SEEN = np.uint32(Flag.SMM_SEEN)
 
@@ -29,7 +27,7 @@ def _tables() -> tuple[NDArray[np.int16], NDArray[np.uint32]]:
     for kind, flag in (
         (Type.EMULATE, Flag.PRESENT),
         (Type.SPTE, Flag.PRESENT),
-        (Type.FAULT, Flag.BELIEVED | Flag.STUCK),
+        (Type.FAULT, Flag.STUCK),
         (Type.FILL, Flag.SMM),
         (Type.MATCH, Flag.OTHER_AS),
     ):

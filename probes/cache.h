@@ -7,18 +7,19 @@
 /* What one run of a program knows about its vCPU. */
 struct now {
 	u64 vcpu; /* struct kvm_vcpu */
-	struct vcpu_state *st;
+	struct vcpu_state *st; /* 0: nothing to tell */
+	struct thread_state *thread;
 	struct memslots slots; /* of the vCPU's address space */
 	u64 gen0;              /* generation of address space 0 */
 	u32 smm;
 };
 
 /*
- * Level, address space and kind of MMU, as flags.  stat.guest_mode is written where KVM sets and
- * clears the guest-mode flag (enter_guest_mode(), leave_guest_mode()); root_role is 4 bytes: direct
- * is bit 7, smm the last byte (union kvm_mmu_page_role).
+ * Level, address space and kind of MMU, as flags.  `guest_mode` is stat.guest_mode, which is written where
+ * KVM sets and clears the guest-mode flag (enter_guest_mode(), leave_guest_mode()); root_role is 4 bytes:
+ * direct is bit 7, smm the last byte (union kvm_mmu_page_role).
  */
-static __always_inline u32 read_flags(u64 vcpu, u8 type)
+static __always_inline u32 make_flags(u64 vcpu, u64 guest_mode, u8 type)
 {
 	u64 mmu = read_u64(vcpu + OFF_VCPU_MMU, type);
 	u32 role = read_u32(mmu + OFF_MMU_ROOT_ROLE, type);
@@ -34,7 +35,7 @@ static __always_inline u32 read_flags(u64 vcpu, u8 type)
 	if (mmu == vcpu + OFF_VCPU_GUEST_MMU)
 		flags |= KVMPROBE_F_NESTED_MMU;
 	flags |= KVMPROBE_F_LEVEL_KNOWN;
-	if (read_u64(vcpu + OFF_VCPU_GUEST_MODE, type))
+	if (guest_mode)
 		flags |= KVMPROBE_F_L2;
 	return flags;
 }
@@ -128,27 +129,35 @@ static __always_inline void fill_in_cache(struct kvmprobe_event *e, struct now *
 	look_up(e, n, c->gfn);
 }
 
+/* The cache was looked at: what is found different later came after this. */
+static __always_inline void remember_look(struct now *n)
+{
+	struct vcpu_state *st = n->st;
+
+	st->sampled_gen = n->slots.gen;
+	st->sampled_exits = st->exits;
+	st->sampled_flags = st->flags;
+}
+
 static __always_inline void remember_sample(struct now *n, const struct mmio_cache *c)
 {
 	struct vcpu_state *st = n->st;
 
 	st->cache = *c;
-	st->sampled_gen = n->slots.gen;
-	st->sampled_exits = st->exits;
-	st->sampled_flags = st->flags;
+	remember_look(n);
 }
 
 /*
  * Sample the cache.  At first sight it is a CACHE event, whatever it holds: an entry poisoned before the
  * recording is not missed.  Later, changed contents, or a fill announced by a tracepoint, make a FILL;
  * unchanged contents in a new context (level, address space, generation) make a CACHE event where memory
- * stands behind the gfn.
+ * stands behind the gfn.  A fill that left all as it was is an event only where it is a candidate.
  */
 static __always_inline void sample_cache(struct now *n, u8 site)
 {
 	struct vcpu_state *st = n->st;
 	struct mmio_cache c = {};
-	struct kvmprobe_event e = {};
+	struct kvmprobe_event *e;
 	int changed, moved, sure, first = st->refill == KVMPROBE_AT_FIRST_SIGHT;
 
 	if (read_cache(&c, n->vcpu, KVMPROBE_CACHE))
@@ -157,28 +166,28 @@ static __always_inline void sample_cache(struct now *n, u8 site)
 		  (c.gva != st->cache.gva && c.gva); /* gva alone going to 0 is a clear */
 	moved = ((st->flags ^ st->sampled_flags) & (KVMPROBE_F_L2 | KVMPROBE_F_SMM)) ||
 		st->sampled_gen != n->slots.gen;
-	if (!changed && !st->refill && !(moved && c.gfn))
+	if (!changed && !st->refill && !(moved && c.gfn)) {
+		remember_look(n);
 		return;
-	e.type = !first && (changed || st->refill) ? KVMPROBE_FILL : KVMPROBE_CACHE;
-	start(&e, st, e.type, st->refill ?: site);
-	if (e.type == KVMPROBE_FILL) {
+	}
+	e = begin(st, !first && (changed || st->refill) ? KVMPROBE_FILL : KVMPROBE_CACHE, st->refill ?: site);
+	if (e->type == KVMPROBE_FILL) {
 		/* A fill found later: whose it was is sure only if the vCPU has not changed level or
 		 * address space since, and left the guest at most once. */
 		sure = !((st->flags ^ (st->refill ? st->refill_flags : st->sampled_flags)) &
 			 (KVMPROBE_F_L2 | KVMPROBE_F_SMM)) &&
 		       (st->refill || st->exits <= st->sampled_exits + 1);
 		if (!sure)
-			e.flags &= ~(KVMPROBE_F_LEVEL_KNOWN | KVMPROBE_F_L2 | KVMPROBE_F_AS_KNOWN |
-				     KVMPROBE_F_SMM);
+			e->flags &= ~(KVMPROBE_F_LEVEL_KNOWN | KVMPROBE_F_L2 | KVMPROBE_F_AS_KNOWN |
+				      KVMPROBE_F_SMM);
 		st->filled_in = sure && (changed || !updating(n)) ? n->smm + 1 : 0;
 	} else {
-		e.flags |= compare_fill(n, &c);
+		e->flags |= compare_fill(n, &c);
 	}
-	fill_in_cache(&e, n, &c);
+	fill_in_cache(e, n, &c);
 	st->refill = 0;
 	remember_sample(n, &c);
-	if (e.type == KVMPROBE_CACHE && e.slot < 0 && !first)
-		return;
-	e.seq = st->seq++;
-	send(&e);
+	if (!first && !changed && !(e->type == KVMPROBE_FILL && moved) &&
+	    !kvmprobe_candidate(e->type, e->flags, e->slot))
+		drop(st);
 }

@@ -53,7 +53,7 @@ struct kvmprobe_event {
  * | NESTING    | -             | -                 | -              | -                 | -    | 1 entered L2, 0 left | - |
  * | SMM        | -             | -                 | -              | -                 | -    | 1 entered, 0 left | -   |
  * | LIFECYCLE  | process or thread start, ns | comm or name, bytes 0-7 | comm or name, bytes 8-15 | tgid or tid | - | lifecycle change | address spaces, or part of the name |
- * | LOSS       | records       | -                 | -              | CPU               | -    | the observation | loss cause |
+ * | LOSS       | records       | -                 | -              | CPU, or 0xffffffff: not told | -    | the observation | loss cause |
  */
 
 enum kvmprobe_type {
@@ -196,7 +196,7 @@ static inline int kvmprobe_candidate(u8 type, u32 flags, s16 slot)
 	case KVMPROBE_SPTE:
 		return !!(flags & KVMPROBE_F_PRESENT);
 	case KVMPROBE_FAULT:
-		return !!(flags & (KVMPROBE_F_BELIEVED | KVMPROBE_F_STUCK));
+		return !!(flags & KVMPROBE_F_STUCK);
 	case KVMPROBE_FAULTIN:
 		return slot >= KVMPROBE_SLOT_TSS;
 	case KVMPROBE_FILL:

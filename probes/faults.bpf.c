@@ -19,8 +19,8 @@
  */
 static __always_inline u32 test_rsvd(struct now *n, u64 addr)
 {
-	struct kvmprobe_event e = {};
 	struct mmio_cache c = {};
+	struct kvmprobe_event *e;
 	u64 walk_mmu;
 	u32 gen;
 
@@ -38,41 +38,37 @@ static __always_inline u32 test_rsvd(struct now *n, u64 addr)
 	} else if (!c.gva || c.gva != (addr & ~0xfffULL)) {
 		return 0;
 	}
-	begin(&e, n->st, KVMPROBE_MATCH, KVMPROBE_AT_RSVD);
-	e.addr = c.gfn << 12 | (addr & 0xfff);
-	e.value = c.gva;
-	e.gen = c.gen;
-	e.aux = (u32)n->slots.gen;
-	e.flags |= gen | compare_fill(n, &c);
+	e = begin(n->st, KVMPROBE_MATCH, KVMPROBE_AT_RSVD);
+	e->addr = c.gfn << 12 | (addr & 0xfff);
+	e->value = c.gva;
+	e->gen = c.gen;
+	e->aux = (u32)n->slots.gen;
+	e->flags |= gen | compare_fill(n, &c);
 	if (n->st->flags & KVMPROBE_F_DIRECT)
-		e.flags |= KVMPROBE_F_BY_GPA;
-	look_up(&e, n, c.gfn);
-	send(&e);
+		e->flags |= KVMPROBE_F_BY_GPA;
+	look_up(e, n, c.gfn);
+	if (!kvmprobe_candidate(e->type, e->flags, e->slot))
+		drop(n->st); /* FAULT says BELIEVED, and MMIO MATCHED */
 	n->st->matched = 1;
 	return KVMPROBE_F_BELIEVED;
 }
 
-static __always_inline int on_fault_entry(u64 vcpu, u64 addr, u64 error)
+static __always_inline int on_fault_entry(struct now *n, u64 vcpu, u64 addr, u64 error)
 {
+	int answer = arrive(n, vcpu, KVMPROBE_AT_PAGE_FAULT, 0);
 	struct thread_state *thread;
-	struct now n = {};
-	int answer = arrive(&n, vcpu, KVMPROBE_AT_PAGE_FAULT, 0);
 
 	if (answer)
 		return answer;
-	thread = current_thread();
-	if (!thread) {
-		count(KVMPROBE_LOST_STATE, KVMPROBE_FAULT);
-		return 0;
-	}
+	thread = n->thread;
 	if (thread->fault_ts)
-		count(KVMPROBE_LOST_EXIT, KVMPROBE_FAULT);
+		count_of(n->st->vm, KVMPROBE_LOST_EXIT, KVMPROBE_FAULT);
 	if (error & PFERR_RSVD) /* the cache may be believed now */
-		sample_cache(&n, KVMPROBE_AT_RSVD);
-	thread->fault_flags = n.st->flags;
-	n.st->matched = 0;
+		sample_cache(n, KVMPROBE_AT_RSVD);
+	thread->fault_flags = n->st->flags;
+	n->st->matched = 0;
 	if (error & PFERR_RSVD)
-		thread->fault_flags |= test_rsvd(&n, addr);
+		thread->fault_flags |= test_rsvd(n, addr);
 	thread->fault_addr = addr;
 	thread->fault_error = error;
 	thread->fault_ts = bpf_ktime_get_ns();
@@ -118,50 +114,46 @@ static __always_inline u32 test_row(struct vcpu_state *st, u64 vcpu, u64 addr, u
 	return KVMPROBE_F_STUCK;
 }
 
-static __always_inline int on_fault_exit(s32 ret)
+static __always_inline void on_fault_exit(struct now *n, s32 ret)
 {
-	struct thread_state *thread = current_thread();
-	struct kvmprobe_event e = {};
-	struct vcpu_state *st;
-	u64 vcpu, start;
+	struct thread_state *thread;
+	struct kvmprobe_event *e;
+	u64 start;
 
-	if (!thread || !thread->fault_ts)
-		return 0;
+	if (resume(n))
+		return;
+	thread = n->thread;
+	if (!thread->fault_ts)
+		return;
 	start = thread->fault_ts;
 	thread->fault_ts = 0;
-	vcpu = thread->vcpu;
-	st = vcpus.lookup(&vcpu);
-	if (!st)
-		return 0;
-	if (ret) /* 0 leads to user space, which an MMIO record may wait for */
-		flush_mmio(st);
-	begin(&e, st, KVMPROBE_FAULT, KVMPROBE_AT_PAGE_FAULT);
-	e.flags = thread->fault_flags | test_row(st, vcpu, thread->fault_addr, thread->fault_error);
+	if (ret) /* 0 leads to user space, which an MMIO event may be held for */
+		release(n->st);
+	e = begin(n->st, KVMPROBE_FAULT, KVMPROBE_AT_PAGE_FAULT);
+	e->flags = thread->fault_flags | test_row(n->st, n->vcpu, thread->fault_addr, thread->fault_error);
 	if (thread->fault_error & 2) /* PFERR_WRITE_MASK */
-		e.flags |= KVMPROBE_F_WRITE;
-	e.addr = thread->fault_addr;
-	e.value = thread->fault_error;
-	e.gen = bpf_ktime_get_ns() - start;
-	e.aux = (u32)ret;
-	e.kind = ret < 0 ? KVMPROBE_FAULT_ERROR : ret ? KVMPROBE_FAULT_RESUMED : KVMPROBE_FAULT_USERSPACE;
-	send(&e);
-	return 0;
+		e->flags |= KVMPROBE_F_WRITE;
+	e->addr = thread->fault_addr;
+	e->value = thread->fault_error;
+	e->gen = bpf_ktime_get_ns() - start;
+	e->aux = (u32)ret;
+	e->kind = ret < 0 ? KVMPROBE_FAULT_ERROR : ret ? KVMPROBE_FAULT_RESUMED : KVMPROBE_FAULT_USERSPACE;
+	if (!KEEP_ALL && !kvmprobe_candidate(e->type, e->flags, e->slot))
+		drop(n->st);
 }
 
 /* Tracepoint kvm_page_fault(vcpu, address, error code): no exit, and nothing for EPT misconfigurations. */
-static __always_inline int on_page_fault_tp(u64 vcpu, u64 addr, u64 error)
+static __always_inline int on_page_fault_tp(struct now *n, u64 vcpu, u64 addr, u64 error)
 {
-	struct kvmprobe_event e = {};
-	struct now n = {};
-	int answer = arrive(&n, vcpu, KVMPROBE_AT_PAGE_FAULT_TP, 0);
+	int answer = arrive(n, vcpu, KVMPROBE_AT_PAGE_FAULT_TP, 0);
+	struct kvmprobe_event *e;
 
 	if (answer)
 		return answer;
-	begin(&e, n.st, KVMPROBE_FAULT, KVMPROBE_AT_PAGE_FAULT_TP);
-	e.addr = addr;
-	e.value = error;
-	e.flags |= test_row(n.st, vcpu, addr, error); /* the counters tell how the fault before ended */
-	send(&e);
+	e = begin(n->st, KVMPROBE_FAULT, KVMPROBE_AT_PAGE_FAULT_TP);
+	e->addr = addr;
+	e->value = error;
+	e->flags |= test_row(n->st, vcpu, addr, error); /* the counters tell how the fault before ended */
 	return 0;
 }
 
@@ -176,6 +168,13 @@ static __always_inline u8 faultin_result(u64 pfn)
  * At entry fault->slot is the slot KVM itself found, for direct and shadow MMUs; a vulnerable kernel
  * sets it to NULL inside (kvm_faultin_pfn() before v6.10).
  */
+static __always_inline u32 vm_of(u64 vcpu)
+{
+	struct vcpu_state *st = vcpus.lookup(&vcpu);
+
+	return st ? st->vm : 0;
+}
+
 static __always_inline int on_faultin_entry(u64 vcpu, u64 fault)
 {
 	struct thread_state *thread = current_thread();
@@ -185,7 +184,7 @@ static __always_inline int on_faultin_entry(u64 vcpu, u64 fault)
 	if (!thread || thread->vcpu != vcpu)
 		return 0;
 	if (thread->faultin)
-		count(KVMPROBE_LOST_EXIT, KVMPROBE_FAULTIN);
+		count_of(vm_of(vcpu), KVMPROBE_LOST_EXIT, KVMPROBE_FAULTIN);
 	s.id = -1;
 	s.flags = KVMPROBE_F_SLOT_KNOWN;
 	slot = read_u64(fault + OFF_FAULT_SLOT, KVMPROBE_FAULTIN);
@@ -199,60 +198,55 @@ static __always_inline int on_faultin_entry(u64 vcpu, u64 fault)
 	return 0;
 }
 
-static __always_inline int on_faultin_exit(s32 ret)
+static __always_inline void on_faultin_exit(struct now *n, s32 ret)
 {
-	struct thread_state *thread = current_thread();
-	struct kvmprobe_event e = {};
-	struct vcpu_state *st;
-	u64 vcpu, fault;
+	struct thread_state *thread;
+	struct kvmprobe_event *e;
+	u64 fault;
 
-	if (!thread || !thread->faultin)
-		return 0;
+	if (resume(n))
+		return;
+	thread = n->thread;
 	fault = thread->faultin;
+	if (!fault)
+		return;
 	thread->faultin = 0;
-	vcpu = thread->vcpu;
-	st = vcpus.lookup(&vcpu);
-	if (!st)
-		return 0;
-	begin(&e, st, KVMPROBE_FAULTIN, KVMPROBE_AT_FAULTIN);
-	e.addr = read_u64(fault + OFF_FAULT_GFN, e.type) << 12;
-	e.value = thread->faultin_base;
-	e.gen = thread->faultin_npages;
-	e.aux = (u32)ret;
-	e.slot = thread->faultin_slot;
-	e.flags |= thread->faultin_flags;
-	e.kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, e.type));
-	send(&e);
-	return 0;
+	if (!KEEP_ALL && !kvmprobe_candidate(KVMPROBE_FAULTIN, 0, thread->faultin_slot))
+		return;
+	e = begin(n->st, KVMPROBE_FAULTIN, KVMPROBE_AT_FAULTIN);
+	e->addr = read_u64(fault + OFF_FAULT_GFN, KVMPROBE_FAULTIN) << 12;
+	e->value = thread->faultin_base;
+	e->gen = thread->faultin_npages;
+	e->aux = (u32)ret;
+	e->slot = thread->faultin_slot;
+	e->flags |= thread->faultin_flags;
+	e->kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, KVMPROBE_FAULTIN));
 }
 
 /* Tracepoint kvm_mmu_spte_requested(fault): after the faultin function, for faults that go on. */
-static __always_inline int on_spte_requested(u64 fault)
+static __always_inline void on_spte_requested(struct now *n, u64 fault)
 {
-	struct thread_state *thread = current_thread();
-	struct kvmprobe_event e = {};
+	struct kvmprobe_event *e;
 	struct slot s = {};
-	struct now n = {};
 	u64 slot, gfn;
 
-	if (!thread || resume(&n, thread->vcpu, KVMPROBE_FAULTIN))
-		return 0;
+	if (resume(n))
+		return;
 	gfn = read_u64(fault + OFF_FAULT_GFN, KVMPROBE_FAULTIN);
 	slot = read_u64(fault + OFF_FAULT_SLOT, KVMPROBE_FAULTIN);
-	begin(&e, n.st, KVMPROBE_FAULTIN, KVMPROBE_AT_SPTE_REQUESTED);
-	e.addr = gfn << 12;
-	e.kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, e.type));
+	e = begin(n->st, KVMPROBE_FAULTIN, KVMPROBE_AT_SPTE_REQUESTED);
+	e->addr = gfn << 12;
+	e->kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, KVMPROBE_FAULTIN));
 	if (slot) {
-		read_slot(&s, slot, e.type);
-		e.slot = s.id;
-		e.flags |= s.flags;
-		e.value = s.base_gfn << 12;
-		e.gen = s.npages;
+		read_slot(&s, slot, KVMPROBE_FAULTIN);
+		e->slot = s.id;
+		e->flags |= s.flags;
+		e->value = s.base_gfn << 12;
+		e->gen = s.npages;
 	} else {
-		look_up(&e, &n, gfn);
+		read_now(n, n->st->kvm, n->st->flags, KVMPROBE_FAULTIN);
+		look_up(e, n, gfn);
 	}
-	send(&e);
-	return 0;
 }
 
 static __always_inline int on_noslot_entry(u64 vcpu, u64 fault)
@@ -262,7 +256,7 @@ static __always_inline int on_noslot_entry(u64 vcpu, u64 fault)
 	if (!thread || thread->vcpu != vcpu)
 		return 0;
 	if (thread->noslot)
-		count(KVMPROBE_LOST_EXIT, KVMPROBE_FILL);
+		count_of(vm_of(vcpu), KVMPROBE_LOST_EXIT, KVMPROBE_FILL);
 	thread->noslot = 0;
 	/* handle_abnormal_pfn() (6.1) is also called for ordinary pages, whose slot is not NULL. */
 	if (NOSLOT_IS_HANDLE_ABNORMAL_PFN && read_u64(fault + OFF_FAULT_SLOT, KVMPROBE_FILL))
@@ -276,42 +270,44 @@ static __always_inline int on_noslot_entry(u64 vcpu, u64 fault)
  * A negative return means not filled; otherwise vcpu_cache_mmio_info() was called, which writes nothing
  * while a memslot update is in progress: then the cache does not hold this gfn.
  */
-static __always_inline int on_noslot_exit(s32 ret)
+static __always_inline void on_noslot_exit(struct now *n, s32 ret)
 {
-	struct thread_state *thread = current_thread();
-	struct kvmprobe_event e = {};
+	struct kvmprobe_event *e;
 	struct mmio_cache c = {};
-	struct now n = {};
 
-	if (!thread || !thread->noslot)
-		return 0;
-	thread->noslot = 0;
-	if (ret < 0 || resume(&n, thread->vcpu, KVMPROBE_FILL) || read_cache(&c, n.vcpu, KVMPROBE_FILL))
-		return 0;
-	if (c.gfn != thread->noslot_gfn)
-		return 0;
-	begin(&e, n.st, KVMPROBE_FILL, KVMPROBE_AT_NOSLOT);
-	n.st->filled_in = updating(&n) ? 0 : n.smm + 1;
-	fill_in_cache(&e, &n, &c);
-	remember_sample(&n, &c);
-	send(&e);
-	return 0;
+	if (resume(n) || !n->thread->noslot)
+		return;
+	n->thread->noslot = 0;
+	if (ret < 0 || read_cache(&c, n->vcpu, KVMPROBE_FILL) || c.gfn != n->thread->noslot_gfn)
+		return;
+	read_now(n, n->st->kvm, n->st->flags, KVMPROBE_FILL);
+	e = begin(n->st, KVMPROBE_FILL, KVMPROBE_AT_NOSLOT);
+	n->st->filled_in = updating(n) ? 0 : n->smm + 1;
+	fill_in_cache(e, n, &c);
+	remember_sample(n, &c);
 }
 
 #ifdef WITH_KPROBE
 int kprobe_fault_entry(struct pt_regs *ctx)
 {
-	if (on_fault_entry(PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx)) == UNKNOWN) {
+	struct now n = {};
+
+	if (on_fault_entry(&n, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx)) == UNKNOWN) {
 		interrupt(KVMPROBE_AT_PAGE_FAULT);
 		introduce_kprobe.call(ctx, 0);
 		count(KVMPROBE_LOST_STATE, KVMPROBE_FAULT);
 	}
+	ship(n.vcpu, n.st);
 	return 0;
 }
 
 int kprobe_fault_exit(struct pt_regs *ctx)
 {
-	return on_fault_exit(PT_REGS_RC(ctx));
+	struct now n = {};
+
+	on_fault_exit(&n, PT_REGS_RC(ctx));
+	ship(n.vcpu, n.st);
+	return 0;
 }
 
 int kprobe_faultin_entry(struct pt_regs *ctx)
@@ -321,7 +317,11 @@ int kprobe_faultin_entry(struct pt_regs *ctx)
 
 int kprobe_faultin_exit(struct pt_regs *ctx)
 {
-	return on_faultin_exit(PT_REGS_RC(ctx));
+	struct now n = {};
+
+	on_faultin_exit(&n, PT_REGS_RC(ctx));
+	ship(n.vcpu, n.st);
+	return 0;
 }
 
 int kprobe_noslot_entry(struct pt_regs *ctx)
@@ -331,7 +331,11 @@ int kprobe_noslot_entry(struct pt_regs *ctx)
 
 int kprobe_noslot_exit(struct pt_regs *ctx)
 {
-	return on_noslot_exit(PT_REGS_RC(ctx));
+	struct now n = {};
+
+	on_noslot_exit(&n, PT_REGS_RC(ctx));
+	ship(n.vcpu, n.st);
+	return 0;
 }
 #endif
 
@@ -341,15 +345,22 @@ int kprobe_noslot_exit(struct pt_regs *ctx)
 int FENTRY_FAULT(struct bpf_raw_tracepoint_args *ctx)
 {
 	/* Tail calls between fentry programs need one target, so introduce() is compiled in here. */
-	if (on_fault_entry(ctx->args[0], ctx->args[1], ctx->args[2]) == UNKNOWN &&
+	struct now n = {};
+
+	if (on_fault_entry(&n, ctx->args[0], ctx->args[1], ctx->args[2]) == UNKNOWN &&
 	    !introduce(ctx->args[0], KVMPROBE_AT_PAGE_FAULT))
-		on_fault_entry(ctx->args[0], ctx->args[1], ctx->args[2]);
+		on_fault_entry(&n, ctx->args[0], ctx->args[1], ctx->args[2]);
+	ship(n.vcpu, n.st);
 	return 0;
 }
 
 int FEXIT_FAULT(struct bpf_raw_tracepoint_args *ctx)
 {
-	return on_fault_exit(ctx->args[5]);
+	struct now n = {};
+
+	on_fault_exit(&n, ctx->args[5]);
+	ship(n.vcpu, n.st);
+	return 0;
 }
 
 int FENTRY_FAULTIN(struct bpf_raw_tracepoint_args *ctx)
@@ -359,7 +370,11 @@ int FENTRY_FAULTIN(struct bpf_raw_tracepoint_args *ctx)
 
 int FEXIT_FAULTIN(struct bpf_raw_tracepoint_args *ctx)
 {
-	return on_faultin_exit(ctx->args[FAULTIN_ARGS]);
+	struct now n = {};
+
+	on_faultin_exit(&n, ctx->args[FAULTIN_ARGS]);
+	ship(n.vcpu, n.st);
+	return 0;
 }
 
 int FENTRY_NOSLOT(struct bpf_raw_tracepoint_args *ctx)
@@ -369,18 +384,25 @@ int FENTRY_NOSLOT(struct bpf_raw_tracepoint_args *ctx)
 
 int FEXIT_NOSLOT(struct bpf_raw_tracepoint_args *ctx)
 {
-	return on_noslot_exit(ctx->args[3]);
+	struct now n = {};
+
+	on_noslot_exit(&n, ctx->args[3]);
+	ship(n.vcpu, n.st);
+	return 0;
 }
 #endif
 
 #ifdef WITH_PAGE_FAULT_TP
 int tp_kvm_page_fault(struct bpf_raw_tracepoint_args *ctx)
 {
-	if (on_page_fault_tp(ctx->args[0], ctx->args[1], ctx->args[2]) == UNKNOWN) {
+	struct now n = {};
+
+	if (on_page_fault_tp(&n, ctx->args[0], ctx->args[1], ctx->args[2]) == UNKNOWN) {
 		interrupt(KVMPROBE_AT_PAGE_FAULT_TP);
 		introduce_tp.call(ctx, 0);
 		count(KVMPROBE_LOST_STATE, KVMPROBE_FAULT);
 	}
+	ship(n.vcpu, n.st);
 	return 0;
 }
 #endif
@@ -388,6 +410,10 @@ int tp_kvm_page_fault(struct bpf_raw_tracepoint_args *ctx)
 #ifdef WITH_SPTE_REQUESTED
 int tp_kvm_mmu_spte_requested(struct bpf_raw_tracepoint_args *ctx)
 {
-	return on_spte_requested(ctx->args[0]);
+	struct now n = {};
+
+	on_spte_requested(&n, ctx->args[0]);
+	ship(n.vcpu, n.st);
+	return 0;
 }
 #endif

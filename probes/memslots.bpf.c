@@ -11,6 +11,20 @@ static __always_inline int wanted(void)
 	return cfg && cfg->on && (!cfg->tgid || cfg->tgid == bpf_get_current_pid_tgid() >> 32);
 }
 
+/* A VM met for the first time by a change of its memslots, or at its end. */
+static __always_inline void send_vm(u32 vm, const struct vm_key *key, u8 kind, u8 site)
+{
+	struct kvmprobe_event e = {};
+
+	e.vm = vm;
+	e.vcpu = 0xffff;
+	e.type = KVMPROBE_LIFECYCLE;
+	e.site = site;
+	e.slot = -1;
+	tell_vm(&e, key, kind);
+	send_now(&e);
+}
+
 static __always_inline void send_memslot(u32 vm, const struct slot *s, u64 gen, u8 change)
 {
 	struct kvmprobe_event e = {};
@@ -27,7 +41,7 @@ static __always_inline void send_memslot(u32 vm, const struct slot *s, u64 gen, 
 	e.slot = s->id;
 	e.kind = change;
 	e.len = (u8)s->as_id;
-	send(&e);
+	send_now(&e);
 }
 
 /* kvm_arch_commit_memory_region(kvm, old, new, change): `new` is NULL when a slot is deleted. */
@@ -37,15 +51,18 @@ static __always_inline int on_commit_memslot(u64 kvm, u64 old, u64 new, u32 chan
 	struct vm_state *vm;
 	struct slot s = {};
 	struct vm_key key;
+	int is_new;
 
 	if (!wanted())
 		return 0;
 	read_slot(&s, new ?: old, KVMPROBE_MEMSLOT);
 	read_memslots(&m, kvm, s.as_id, KVMPROBE_MEMSLOT);
 	make_vm_key(&key, kvm);
-	vm = get_vm(&key, m.gen);
+	vm = get_vm(&key, m.gen, &is_new);
 	if (!vm)
 		return 0;
+	if (is_new)
+		send_vm(vm->vm, &key, KVMPROBE_VM_SEEN, KVMPROBE_AT_FIRST_SIGHT);
 	if (change == KVMPROBE_MEMSLOT_DELETED || change == KVMPROBE_MEMSLOT_MOVED_FROM) {
 		read_slot(&s, old, KVMPROBE_MEMSLOT);
 		send_memslot(vm->vm, &s, m.gen, (u8)change);
@@ -67,13 +84,16 @@ static __always_inline int on_memslots_updated(u64 kvm, u64 gen)
 	struct kvmprobe_event e = {};
 	struct vm_state *vm;
 	struct vm_key key;
+	int is_new;
 
 	if (!wanted())
 		return 0;
 	make_vm_key(&key, kvm);
-	vm = get_vm(&key, gen);
+	vm = get_vm(&key, gen, &is_new);
 	if (!vm)
 		return 0;
+	if (is_new)
+		send_vm(vm->vm, &key, KVMPROBE_VM_SEEN, KVMPROBE_AT_FIRST_SIGHT);
 	e.vm = vm->vm;
 	e.vcpu = 0xffff;
 	e.type = KVMPROBE_GENERATION;
@@ -82,7 +102,7 @@ static __always_inline int on_memslots_updated(u64 kvm, u64 gen)
 	e.value = gen - ADDRESS_SPACES;
 	e.gen = gen;
 	e.len = gen & (ADDRESS_SPACES - 1);
-	send(&e);
+	send_now(&e);
 	return 0;
 }
 
@@ -92,8 +112,9 @@ static __always_inline int on_vcpu_destroy(u64 vcpu)
 
 	if (!st)
 		return 0;
-	flush_mmio(st);
-	send_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_VCPU_DESTROY);
+	release(st);
+	tell_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_VCPU_DESTROY);
+	ship(vcpu, st);
 	vcpus.delete(&vcpu);
 	return 0;
 }
@@ -108,7 +129,7 @@ static __always_inline int on_vm_destroy(u64 kvm)
 	vm = vms.lookup(&key);
 	if (!vm || vm->gone)
 		return 0;
-	send_vm_gone(vm, &key, KVMPROBE_AT_VM_DESTROY);
+	send_vm(vm->vm, &key, KVMPROBE_VM_GONE, KVMPROBE_AT_VM_DESTROY);
 	read_memslots(&first, kvm, 0, KVMPROBE_LIFECYCLE);
 	read_memslots(&second, kvm, ADDRESS_SPACES - 1, KVMPROBE_LIFECYCLE);
 	/* 1 where it never had a slot */
@@ -129,8 +150,9 @@ static __always_inline int on_thread_exit(void)
 	vcpu = thread->vcpu;
 	st = vcpus.lookup(&vcpu);
 	if (st && st->tid == tid) {
-		flush_mmio(st);
-		send_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_FIRST_SIGHT);
+		release(st);
+		tell_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_FIRST_SIGHT);
+		ship(vcpu, st);
 		vcpus.delete(&vcpu);
 	}
 	threads.delete(&tid);

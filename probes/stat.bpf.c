@@ -72,13 +72,14 @@ static __always_inline void count_pending(struct stat_thread *st, int timed, u64
 
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < PENDING; i++) {
-		if (i >= n)
-			break;
-		key = st->pending[i & (PENDING - 1)];
-		n = st->n_pending;
-		u64 times = key.n;
-		key.n = 0;
-		add_to_row(&key, times, timed, ns, bucket);
+		if (i < n) {
+			u64 times;
+
+			key = st->pending[i & (PENDING - 1)];
+			times = key.n;
+			key.n = 0;
+			add_to_row(&key, times, timed, ns, bucket);
+		}
 	}
 	st->n_pending = 0;
 	if (st->insns) {

@@ -12,8 +12,8 @@ static __always_inline u64 leader_start(u8 type)
 	return read_u64(leader + OFF_TASK_START_TIME, type);
 }
 
-/* Report internal slots not reported before. */
-static __always_inline void report_internal_slots(struct vm_state *vm, u64 kvm)
+/* Report internal slots not reported before, through the queue of a vCPU: at most 6. */
+static __always_inline void report_internal_slots(struct vcpu_state *st, struct vm_state *vm, u64 kvm)
 {
 #pragma clang loop unroll(disable)
 	for (u32 as = 0; as < ADDRESS_SPACES; as++) {
@@ -23,7 +23,7 @@ static __always_inline void report_internal_slots(struct vm_state *vm, u64 kvm)
 #pragma clang loop unroll(disable)
 		for (u32 i = 0; i < 3; i++) {
 			u32 bit = 1U << (as * 3 + i);
-			struct kvmprobe_event e = {};
+			struct kvmprobe_event *e;
 			struct slot s = {};
 
 			find_by_id(&s, &m, KVMPROBE_SLOT_TSS + i, KVMPROBE_MEMSLOT);
@@ -34,19 +34,15 @@ static __always_inline void report_internal_slots(struct vm_state *vm, u64 kvm)
 			if (vm->internal & bit)
 				continue;
 			vm->internal |= bit;
-			e.vm = vm->vm;
-			e.vcpu = 0xffff;
-			e.type = KVMPROBE_MEMSLOT;
-			e.site = KVMPROBE_AT_FIRST_SIGHT;
-			e.flags = s.flags;
-			e.addr = s.base_gfn << 12;
-			e.value = s.npages;
-			e.gen = m.gen;
-			e.aux = s.raw_flags;
-			e.slot = s.id;
-			e.kind = KVMPROBE_MEMSLOT_FOUND;
-			e.len = as;
-			send(&e);
+			e = begin_vm(st, vm->vm, KVMPROBE_MEMSLOT, KVMPROBE_AT_FIRST_SIGHT);
+			e->flags = s.flags;
+			e->addr = s.base_gfn << 12;
+			e->value = s.npages;
+			e->gen = m.gen;
+			e->aux = s.raw_flags;
+			e->slot = s.id;
+			e->kind = KVMPROBE_MEMSLOT_FOUND;
+			e->len = as;
 		}
 	}
 }
@@ -62,14 +58,15 @@ static __always_inline void make_vm_key(struct vm_key *key, u64 kvm)
 /*
  * The VM's state, numbered at its first sight.  KVM deletes memslots while it destroys a VM, and then the
  * same process may get the same address for the next one, whose generations begin anew: an activation with
- * a higher generation belongs to the old VM and is not reported; `gen` 0 is a vCPU that runs.
+ * a higher generation belongs to the old VM and is not reported; `gen` 0 is a vCPU that runs.  `*is_new`:
+ * the caller tells of it.
  */
-static __always_inline struct vm_state *get_vm(const struct vm_key *key, u64 gen)
+static __always_inline struct vm_state *get_vm(const struct vm_key *key, u64 gen, int *is_new)
 {
 	struct vm_state *vm = vms.lookup((struct vm_key *)key);
-	struct kvmprobe_event e = {};
 	struct vm_state fresh = {};
 
+	*is_new = 0;
 	if (vm && !vm->gone)
 		return vm;
 	if (vm && gen > vm->gone)
@@ -84,52 +81,35 @@ static __always_inline struct vm_state *get_vm(const struct vm_key *key, u64 gen
 		count(KVMPROBE_LOST_STATE, KVMPROBE_LIFECYCLE);
 		return 0;
 	}
-	e.vm = vm->vm;
-	e.vcpu = 0xffff;
-	e.type = KVMPROBE_LIFECYCLE;
-	e.site = KVMPROBE_AT_FIRST_SIGHT;
-	e.slot = -1;
-	e.kind = KVMPROBE_VM_SEEN;
-	e.len = ADDRESS_SPACES;
-	e.addr = key->start;
-	e.aux = key->tgid;
-	if (bpf_probe_read_kernel(&e.value, 16, (void *)(read_u64(bpf_get_current_task() + OFF_TASK_GROUP_LEADER,
-								  KVMPROBE_LIFECYCLE) + OFF_TASK_COMM)))
-		count(KVMPROBE_LOST_READ, KVMPROBE_LIFECYCLE);
-	send(&e);
+	*is_new = 1;
 	return vm;
 }
 
-static __always_inline void send_vm_gone(struct vm_state *vm, const struct vm_key *key, u8 site)
+/* What VM_SEEN and VM_GONE say of a VM. */
+static __always_inline void tell_vm(struct kvmprobe_event *e, const struct vm_key *key, u8 kind)
 {
-	struct kvmprobe_event e = {};
-
-	e.vm = vm->vm;
-	e.vcpu = 0xffff;
-	e.type = KVMPROBE_LIFECYCLE;
-	e.site = site;
-	e.slot = -1;
-	e.kind = KVMPROBE_VM_GONE;
-	e.addr = key->start;
-	e.aux = key->tgid;
-	vm->gone = 1;
-	send(&e);
+	e->kind = kind;
+	e->addr = key->start;
+	e->aux = key->tgid;
+	if (kind != KVMPROBE_VM_SEEN)
+		return;
+	e->len = ADDRESS_SPACES;
+	if (bpf_probe_read_kernel(&e->value, 16, (void *)(read_u64(bpf_get_current_task() + OFF_TASK_GROUP_LEADER,
+								   KVMPROBE_LIFECYCLE) + OFF_TASK_COMM)))
+		count(KVMPROBE_LOST_READ, KVMPROBE_LIFECYCLE);
 }
 
-static __always_inline void send_lifecycle(struct vcpu_state *st, u8 kind, u8 site)
+static __always_inline void tell_lifecycle(struct vcpu_state *st, u8 kind, u8 site)
 {
-	struct kvmprobe_event e = {};
-	u64 task = bpf_get_current_task();
+	struct kvmprobe_event *e = begin(st, KVMPROBE_LIFECYCLE, site);
 
-	begin(&e, st, KVMPROBE_LIFECYCLE, site);
-	e.kind = kind;
-	e.aux = st->tid;
-	e.len = ADDRESS_SPACES;
+	e->kind = kind;
+	e->aux = st->tid;
+	e->len = ADDRESS_SPACES;
 	if (kind == KVMPROBE_VCPU_SEEN) {
-		e.addr = read_u64(task + OFF_TASK_START_TIME, e.type);
-		bpf_get_current_comm(&e.value, 16);
+		e->addr = read_u64(bpf_get_current_task() + OFF_TASK_START_TIME, KVMPROBE_LIFECYCLE);
+		bpf_get_current_comm(&e->value, 16);
 	}
-	send(&e);
 }
 
 /* A state for a vCPU seen for the first time. */
@@ -151,25 +131,19 @@ static __always_inline struct vcpu_state *new_vcpu(u64 vcpu, u64 kvm)
 	return st;
 }
 
-static __always_inline void send_change(struct vcpu_state *st, u8 type, u8 site, u8 kind)
+static __always_inline void tell_change(struct vcpu_state *st, u8 type, u8 site, u8 kind)
 {
-	struct kvmprobe_event e = {};
-
-	begin(&e, st, type, site);
-	e.kind = kind;
-	send(&e);
+	begin(st, type, site)->kind = kind;
 }
 
 /* The generation moved since this vCPU was last seen, and no function probe says so. */
-static __always_inline void send_generation(struct now *n, u64 before, u8 site)
+static __always_inline void tell_generation(struct now *n, u64 before, u8 site)
 {
-	struct kvmprobe_event e = {};
+	struct kvmprobe_event *e = begin(n->st, KVMPROBE_GENERATION, site);
 
-	begin(&e, n->st, KVMPROBE_GENERATION, site);
-	e.value = before;
-	e.gen = n->slots.gen;
-	e.len = (u8)n->smm;
-	send(&e);
+	e->value = before;
+	e->gen = n->slots.gen;
+	e->len = (u8)n->smm;
 }
 
 /* What arrive() answers. */
@@ -190,6 +164,7 @@ static __always_inline int arrive(struct now *n, u64 vcpu, u8 site, int emulatin
 	struct config *cfg = get_config();
 	struct thread_state *thread;
 	struct vcpu_state *st;
+	u64 stat[SIZE_VCPU_STAT / 8] = {}; /* from exits to guest_mode, in one read */
 	u64 kvm, exits, insns;
 
 	if (!cfg || !cfg->on || (cfg->tgid && cfg->tgid != tgid))
@@ -201,24 +176,27 @@ static __always_inline int arrive(struct now *n, u64 vcpu, u8 site, int emulatin
 	if (!thread || !st)
 		return UNKNOWN;
 	kvm = read_u64(vcpu + OFF_VCPU_KVM, KVMPROBE_LIFECYCLE);
-	exits = read_u64(vcpu + OFF_VCPU_EXITS, KVMPROBE_LIFECYCLE);
-	insns = emulating ? read_u64(vcpu + OFF_VCPU_INSNS, KVMPROBE_LIFECYCLE) : 0;
+	if (bpf_probe_read_kernel(stat, sizeof(stat), (void *)(vcpu + OFF_VCPU_STAT)))
+		count(KVMPROBE_LOST_READ, KVMPROBE_LIFECYCLE);
+	exits = stat[(OFF_VCPU_EXITS - OFF_VCPU_STAT) / 8];
+	insns = stat[(OFF_VCPU_INSNS - OFF_VCPU_STAT) / 8];
 	/* KVM's counters of one vCPU never go back; insn_emulation is counted after this tracepoint, so
 	 * it also never stands still from one instruction to the next. */
 	st->replaced = st->kvm != kvm || st->tgid != tgid || exits < st->exits ||
 		       (emulating && st->insns > insns);
 	if (st->replaced || st->tid != tid)
 		return UNKNOWN;
-	flags = read_flags(vcpu, KVMPROBE_NESTING);
+	flags = make_flags(vcpu, stat[(OFF_VCPU_GUEST_MODE - OFF_VCPU_STAT) / 8], KVMPROBE_NESTING);
 	n->vcpu = vcpu;
-	n->st = st;
 	read_now(n, kvm, flags, KVMPROBE_GENERATION);
 	before = st->flags;
 	if (cfg->generation_by_diff && st->gen != n->slots.gen && !((before ^ flags) & KVMPROBE_F_SMM))
 		return UNKNOWN;
+	n->st = st;
+	n->thread = thread;
 	st->gen = n->slots.gen;
 	thread->vcpu = vcpu;
-	flush_mmio(st);
+	release(st);
 	st->smm_seen |= !!(flags & KVMPROBE_F_SMM);
 	if (st->smm_seen)
 		flags |= KVMPROBE_F_SMM_SEEN;
@@ -227,9 +205,9 @@ static __always_inline int arrive(struct now *n, u64 vcpu, u8 site, int emulatin
 	if (emulating)
 		st->insns = insns + 1;
 	if ((before ^ flags) & KVMPROBE_F_L2)
-		send_change(st, KVMPROBE_NESTING, site, !!(flags & KVMPROBE_F_L2));
+		tell_change(st, KVMPROBE_NESTING, site, !!(flags & KVMPROBE_F_L2));
 	if ((before ^ flags) & KVMPROBE_F_SMM)
-		send_change(st, KVMPROBE_SMM, site, !!(flags & KVMPROBE_F_SMM));
+		tell_change(st, KVMPROBE_SMM, site, !!(flags & KVMPROBE_F_SMM));
 	return ARRIVED;
 }
 
@@ -246,10 +224,11 @@ static __always_inline int introduce(u64 vcpu, u8 site)
 	struct vm_state *vm;
 	struct vm_key key;
 	struct now n = {};
-	int known;
+	int known, is_new;
+	u32 before = 0; /* the VM that was at this address */
 
 	make_vm_key(&key, read_u64(vcpu + OFF_VCPU_KVM, KVMPROBE_LIFECYCLE));
-	vm = get_vm(&key, 0);
+	vm = get_vm(&key, 0, &is_new);
 	if (!vm)
 		return -1;
 	thread.vcpu = vcpu;
@@ -257,41 +236,52 @@ static __always_inline int introduce(u64 vcpu, u8 site)
 	st = vcpus.lookup(&vcpu);
 	if (st && st->replaced && st->vm == vm->vm) {
 		/* vCPUs go only with their VM: another vCPU at this address is another VM at that one. */
-		send_vm_gone(vm, &key, KVMPROBE_AT_FIRST_SIGHT);
-		vm = get_vm(&key, 0);
+		before = vm->vm;
+		vm->gone = 1;
+		vm = get_vm(&key, 0, &is_new);
 		if (!vm)
 			return -1;
 	}
 	known = st && !st->replaced && st->vm == vm->vm;
 	if (st)
-		flush_mmio(st);
-	if (st && !known)
-		send_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_FIRST_SIGHT);
+		release(st);
+	if (st && !known) {
+		tell_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_FIRST_SIGHT);
+		if (before)
+			tell_vm(begin_vm(st, before, KVMPROBE_LIFECYCLE, KVMPROBE_AT_FIRST_SIGHT), &key,
+				KVMPROBE_VM_GONE);
+		ship(vcpu, st);
+	}
 	if (!known)
 		st = new_vcpu(vcpu, key.kvm);
 	if (!st)
 		return -1;
+	if (is_new)
+		tell_vm(begin_vm(st, vm->vm, KVMPROBE_LIFECYCLE, KVMPROBE_AT_FIRST_SIGHT), &key, KVMPROBE_VM_SEEN);
 	n.vcpu = vcpu;
 	n.st = st;
 	st->tid = tid;
 	if (!known) {
 		st->vm = vm->vm;
 		st->tgid = key.tgid;
-		st->flags = read_flags(vcpu, KVMPROBE_LIFECYCLE);
+		st->flags = make_flags(vcpu, read_u64(vcpu + OFF_VCPU_GUEST_MODE, KVMPROBE_LIFECYCLE),
+				       KVMPROBE_LIFECYCLE);
 		st->smm_seen = !!(st->flags & KVMPROBE_F_SMM);
 		if (st->smm_seen)
 			st->flags |= KVMPROBE_F_SMM_SEEN;
-		send_lifecycle(st, KVMPROBE_VCPU_SEEN, KVMPROBE_AT_FIRST_SIGHT);
+		tell_lifecycle(st, KVMPROBE_VCPU_SEEN, KVMPROBE_AT_FIRST_SIGHT);
 	}
 	read_now(&n, key.kvm, st->flags, KVMPROBE_CACHE);
 	if (known && st->gen != n.slots.gen)
-		send_generation(&n, st->gen, site);
+		tell_generation(&n, st->gen, site);
 	st->gen = n.slots.gen;
 	if (!known) {
 		st->refill = KVMPROBE_AT_FIRST_SIGHT;
 		sample_cache(&n, KVMPROBE_AT_FIRST_SIGHT);
 	}
-	report_internal_slots(vm, key.kvm);
+	ship(vcpu, st); /* the queue has no room for all */
+	report_internal_slots(st, vm, key.kvm);
+	ship(vcpu, st);
 	return 0;
 }
 
@@ -350,14 +340,18 @@ static __always_inline struct thread_state *current_thread(void)
 	return threads.lookup(&tid);
 }
 
-static __always_inline int resume(struct now *n, u64 vcpu, u8 type)
+/* The thread's vCPU, without a look at what it does now. */
+static __always_inline int resume(struct now *n)
 {
-	struct vcpu_state *st = vcpus.lookup(&vcpu);
+	struct vcpu_state *st;
 
+	n->thread = current_thread();
+	if (!n->thread)
+		return -1;
+	n->vcpu = n->thread->vcpu;
+	st = vcpus.lookup(&n->vcpu);
 	if (!st || st->tgid != bpf_get_current_pid_tgid() >> 32)
 		return -1;
-	n->vcpu = vcpu;
 	n->st = st;
-	read_now(n, st->kvm, st->flags, type);
 	return 0;
 }

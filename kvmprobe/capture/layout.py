@@ -58,6 +58,10 @@ NEIGHBOURS = (
     ("kvm_memory_slot", "id", "as_id", 2),
 )
 
+#: Counters that the C reads in one go, and at most so many bytes of a stack of 512.
+_STAT = ("OFF_VCPU_EXITS", "OFF_VCPU_INSNS", "OFF_VCPU_GUEST_MODE")
+_STAT_BYTES = 256
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -89,5 +93,14 @@ def read_layout(btf: KernelBtf) -> Layout:
     # Both nodes of a slot are arrays of two: one for the active and one for the inactive tree.
     values["SIZE_GFN_NODE"] = btf.member("kvm_memory_slot", "gfn_node").size // 2
     values["SIZE_ID_NODE"] = btf.member("kvm_memory_slot", "id_node").size // 2
+    counters = [values[name] for name in _STAT]
+    size = max(counters) + 8 - min(counters)
+    if size > _STAT_BYTES:
+        raise BtfError(
+            "struct kvm_vcpu_stat: exits, insn_emulation and guest_mode are more than "
+            f"{_STAT_BYTES} bytes apart; this kernel's layout is not known to kvmprobe"
+        )
+    values["OFF_VCPU_STAT"] = min(counters)
+    values["SIZE_VCPU_STAT"] = size
     values["ADDRESS_SPACES"] = btf.member("kvm", "memslots").size // 8
     return Layout(values)

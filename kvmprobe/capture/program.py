@@ -7,7 +7,7 @@ import ctypes
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +22,7 @@ from kvmprobe.capture.source import fentry_name
 from kvmprobe.errors import HostError
 from kvmprobe.host.bpf import tracing_problem
 from kvmprobe.host.headers import header_directory
-from kvmprobe.probes.schema import Site, Type
+from kvmprobe.probes.schema import EVENT, Site, Type
 
 #: Programs that arrive() at a vCPU, and the site by which introduce() calls each again.
 _ARRIVING = {
@@ -58,9 +58,11 @@ class Program:
         self._bpf: Any = None
         self._loaded: dict[str, Attachment] = {}
         self._attached: list[tuple[str, str, str]] = []
+        self._config: Any = None
         with _compiler_headers(kernel_headers), captured_stderr() as said:
             try:
-                self._bpf = _bpf_class(bcc)(text=text.encode())
+                # Nobody reads debug information, and without it LLVM is done a third sooner.
+                self._bpf = _bpf_class(bcc)(text=text.encode(), cflags=["-g0"])
             except Exception as error:
                 raise HostError(
                     f"the probes can't be compiled: {_first_line(said(), error)}"
@@ -165,17 +167,18 @@ class Program:
             self._bpf.cleanup()
             self._bpf = None
 
-    def ring_fd(self) -> int:
-        """The descriptor of the ring buffer map."""
-        return int(self._bpf[b"events"].map_fd)
+    def ring_fd(self, name: str) -> int:
+        """The descriptor of the ring buffer map "events" or "reserve"."""
+        return int(self._bpf[name.encode()].map_fd)
 
     def configure(self, **values: int) -> None:
-        """Set the fields of struct config."""
+        """Set the fields of struct config; what is not named keeps its value."""
         table = self._bpf[b"config"]
-        leaf = table[table.Key(0)]
+        if self._config is None:
+            self._config = table.Leaf()
         for name, value in values.items():
-            setattr(leaf, name, value)
-        table[table.Key(0)] = leaf
+            setattr(self._config, name, value)
+        table[table.Key(0)] = self._config
 
     def give_vm_numbers(self, first: int, n: int) -> None:
         """Put n numbers for new VMs, from `first`, into their queue."""
@@ -194,9 +197,47 @@ class Program:
             raise HostError("the probes' counters can't be read")
         return self._counters.copy()
 
-    def waiting_events(self) -> list[bytes]:
-        """MMIO records that still wait for a userspace exit, as their 56 bytes each."""
-        return [bytes(state.mmio) for state in self._bpf[b"vcpus"].values() if state.mmio_waits]
+    def vm_losses(self) -> dict[tuple[int, int, int], int]:
+        """Records lost so far that are known to be one VM's, by (VM, cause, observation)."""
+        return {
+            (int(key.vm), *divmod(int(key.counter), COUNTERS[1])): int(n.value)
+            for key, n in self._bpf[b"vm_losses"].items()
+        }
+
+    def forget_vm_losses(self, vms: Iterable[int]) -> None:
+        """Make room in the table of losses: these VMs are gone and their losses were told."""
+        table = self._bpf[b"vm_losses"]
+        gone = set(vms)
+        for key in [key for key in table if key.vm in gone]:
+            del table[key]
+
+    def held_events(self) -> NDArray[Any]:
+        """Events that are still held for what may follow them: dtype `EVENT`."""
+        held = np.zeros(0, EVENT)
+        for state in self._bpf[b"vcpus"].values():
+            if state.holds:
+                row = np.frombuffer(bytes(state.held), EVENT).copy()
+                row["seq"] = state.seq
+                held = np.concatenate([held, row])
+        return held
+
+    def flight(self) -> NDArray[Any]:
+        """The flight recorder's events of all vCPUs: dtype `EVENT`, each vCPU's in order.
+
+        A program may overwrite the oldest while they are read: the second reading says how far it
+        has come, and what it may have touched is left out.
+        """
+        table = self._bpf[b"flights"]
+        kept = [np.zeros(0, EVENT)]
+        for key in table:
+            try:
+                flight, after = table[key], table[key].n
+            except KeyError:  # evicted meanwhile
+                continue
+            events = np.frombuffer(bytes(flight.events), EVENT)
+            first = max(0, after + 1 - len(events))
+            kept.append(events[np.arange(first, flight.n) % len(events)])
+        return np.concatenate(kept)
 
     def recursion_misses(self) -> dict[Type, int]:
         """How often the kernel skipped a program because another ran on its CPU."""

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmprobe.analysis.candidates import candidates
 from kvmprobe.analysis.vms import named
 from kvmprobe.capture.layout import Layout, read_layout
 from kvmprobe.capture.plan import METHODS, Method, Plan, make_plan
@@ -21,16 +22,30 @@ from kvmprobe.capture.program import (
     fentry_problem,
 )
 from kvmprobe.capture.ring import Ring
-from kvmprobe.capture.source import VM_NUMBERS, program_text
+from kvmprobe.capture.source import VM_NUMBERS, Options, program_text
+from kvmprobe.errors import HostError
 from kvmprobe.host.bccload import load_bcc
 from kvmprobe.host.btf import KernelBtf
 from kvmprobe.host.facts import access
+from kvmprobe.host.memory import release_memory
 from kvmprobe.host.symbols import Symbols, kprobes_available
 from kvmprobe.host.vms import vm_name
-from kvmprobe.probes.schema import EVENT, NO_VCPU, Flag, LifecycleChange, LossCause, Site, Type
+from kvmprobe.probes.schema import (
+    EVENT,
+    NO_VCPU,
+    Columns,
+    Flag,
+    LifecycleChange,
+    LossCause,
+    Site,
+    Type,
+    columns,
+)
 
-#: Bytes of the ring: a quarter of a second at a million events a second.
+#: Bytes of the ring: a quarter of a second at a million events a second; one VM gets half of it.
 RING_BYTES = 16 << 20
+#: Bytes of the reserve, into which candidates go when the ring has no room.
+RESERVE_BYTES = 1 << 20
 #: Seconds between two drains at most.
 MAX_TICK = 0.05
 _MIN_TICK = 0.001
@@ -64,16 +79,32 @@ class Session:
         *,
         backend: str | None = None,
         kernel_headers: Path | None = None,
+        watch: bool = False,
+        flight: bool = False,
     ) -> None:
+        """Say what to record; nothing is done yet.
+
+        Args:
+            filters: of which VMs.
+            backend: probe functions by this method only; None: the best that works.
+            kernel_headers: compile against this kernel source directory; None: kvmprobe's own.
+            watch: ship only what rules and verdicts need (candidates): the findings are the same.
+            flight: keep the last events of each vCPU in the kernel, shipped or not, for `flight()`.
+
+        """
         self.filters = filters
+        self._options = Options(RING_BYTES, RESERVE_BYTES, watch, flight)
         self._backend = backend
         self._kernel_headers = kernel_headers
         self._program: Program | None = None
         self._ring: Ring | None = None
+        self._reserve: Ring | None = None
         self._fentry_prefix = ""
         self._refused: dict[str, str] = {}
         self._next_vm = 1
         self._counted = np.zeros(0, "<u8")
+        self._vm_lost: dict[tuple[int, int, int], int] = {}
+        self._epoch = 0
         self._misses: dict[Type, int] = {}
         self._misses_read = 0.0
         self.tick = _MIN_TICK
@@ -110,7 +141,7 @@ class Session:
         self._methods = self._find_methods()
         while True:
             self.plan = make_plan(self._btf, self._symbols, self._methods, self._refused)
-            text = program_text(self.layout, self.plan, RING_BYTES // 4096, self._fentry_prefix)
+            text = program_text(self.layout, self.plan, self._options, self._fentry_prefix)
             self._program = Program(self._bcc, text, self._kernel_headers)
             try:
                 self._program.load(self.plan, self._fentry_prefix)
@@ -162,7 +193,8 @@ class Session:
                 self._retry_without(error)
                 self.prepare()
                 continue
-            self._ring = Ring(program.ring_fd(), RING_BYTES)
+            self._ring = Ring(program.ring_fd("events"), self._options.ring_bytes)
+            self._reserve = Ring(program.ring_fd("reserve"), self._options.reserve_bytes)
             self._counted = program.counters()
             return
 
@@ -182,16 +214,26 @@ class Session:
         """Take what came since the last drain: dtype `EVENT`, LOSS events of the period at its end.
 
         Also sets `tick`, the seconds until the next drain should come: a quarter of the time in
-        which the ring would fill at the present rate.
+        which one VM's half of the ring would be full at the present rate.
         """
-        ring, now = self._need_ring(), time.monotonic()
+        ring, reserve, now = *self._need_rings(), time.monotonic()
+        # The reserve first: what a vCPU put there is later than what it put into the ring before,
+        # and is seen not later than what it puts into the ring after the next epoch begins.
+        kept = reserve.read()
         pending = ring.pending()
         events = ring.read()
+        if len(kept):
+            events = np.concatenate([kept, events])
+            events = events[np.argsort(events["ts"], kind="stable")]
+        if len(events):
+            self._epoch += 1
+            self._need().configure(epoch=self._epoch & 0xFFFFFFFF)
         self.received += len(events)
         rate = pending / max(now - self._last_drain, 1e-6)
-        self.tick = max(_MIN_TICK, min(MAX_TICK, RING_BYTES / max(rate, 1.0) / 4))
+        half = self._options.ring_bytes / 2
+        self.tick = max(_MIN_TICK, min(MAX_TICK, half / max(rate, 1.0) / 4))
         self._last_drain = now
-        return np.concatenate([events, self._meet_vms(events), self._losses(now)])
+        return np.concatenate([events, self._meet_vms(events), self._losses(events, now)])
 
     def _meet_vms(self, events: NDArray[Any]) -> NDArray[Any]:
         """Replace the numbers that new VMs took, and make the events that tell their names."""
@@ -210,23 +252,28 @@ class Session:
         events["flags"] = _CANDIDATE
         return events
 
-    def _losses(self, now: float) -> NDArray[Any]:
+    def _losses(self, drained: NDArray[Any], now: float) -> NDArray[Any]:
         """LOSS events for what the counters say was lost since the last time."""
         program = self._need()
         counted = program.counters()
         lost = counted - self._counted
         self._counted = counted
+        of_vms = int(lost[:, 0, 0].sum())
         lost[:, 0, :] = 0
         rows = [
-            (int(lost[cpu, cause, kind]), int(cpu), int(cause), int(kind))
+            (int(lost[cpu, cause, kind]), int(cpu), int(cause), int(kind), 0)
             for cpu, cause, kind in np.argwhere(lost)
         ]
+        if of_vms:
+            rows += self._losses_of_vms(program)
+        self._forget_vms(program, drained)
         if now - self._misses_read >= _RECURSION_SECONDS:
             self._misses_read = now
             rows += self._recursion_losses(program)
         events = np.zeros(len(rows), EVENT)
-        for event, (records, cpu, cause, kind) in zip(events, rows, strict=True):
+        for event, (records, cpu, cause, kind, vm) in zip(events, rows, strict=True):
             event["ts"] = time.monotonic_ns()
+            event["vm"] = vm
             event["vcpu"] = NO_VCPU
             event["type"] = Type.LOSS
             event["site"] = Site.DRAIN
@@ -238,35 +285,85 @@ class Session:
             event["len"] = cause
         return events
 
-    def _recursion_losses(self, program: Program) -> list[tuple[int, int, int, int]]:
+    def _losses_of_vms(self, program: Program) -> list[tuple[int, int, int, int, int]]:
+        rows = []
+        for key, records in program.vm_losses().items():
+            more = records - self._vm_lost.get(key, 0)
+            self._vm_lost[key] = records
+            if more:
+                vm, cause, kind = key
+                rows.append((more, _NO_CPU, cause, kind, vm))
+        return rows
+
+    def _forget_vms(self, program: Program, drained: NDArray[Any]) -> None:
+        """Make room for the losses of other VMs when some are gone."""
+        if not self._vm_lost:
+            return
+        ended = drained[
+            (drained["type"] == Type.LIFECYCLE) & (drained["kind"] == LifecycleChange.VM_GONE)
+        ]
+        vms = set(ended["vm"].tolist()) & {vm for vm, _, _ in self._vm_lost}
+        if vms:
+            program.forget_vm_losses(vms)
+            self._vm_lost = {k: n for k, n in self._vm_lost.items() if k[0] not in vms}
+
+    def _recursion_losses(self, program: Program) -> list[tuple[int, int, int, int, int]]:
         rows = []
         for observation, misses in program.recursion_misses().items():
             more = misses - self._misses.get(observation, 0)
             self._misses[observation] = misses
             if more:
-                rows.append((more, _NO_CPU, int(LossCause.RECURSION), int(observation)))
+                rows.append((more, _NO_CPU, int(LossCause.RECURSION), int(observation), 0))
         return rows
 
     def stop(self) -> NDArray[Any]:
-        """Detach, and give the last events: the ring's, and MMIO records that still waited."""
+        """Detach, and give the last events: the rings', and those that were still held."""
         program = self._need()
         program.configure(on=0)
         program.detach()
         self._misses_read = 0.0
         rest = self.drain()
-        waiting = np.frombuffer(b"".join(program.waiting_events()), EVENT).copy()
-        waiting["ts"] = time.monotonic_ns()
-        return np.concatenate([rest, waiting]) if len(waiting) else rest
+        held = program.held_events()
+        held["ts"] = time.monotonic_ns()
+        decisive = candidates(columns(held))
+        held["flags"][decisive] |= np.uint32(_CANDIDATE)
+        if self._options.watch:
+            held = held[decisive]
+        return np.concatenate([rest, held]) if len(held) else rest
 
     def sent(self) -> int:
-        """Records the probes put into the ring, by their own count."""
-        return int(self._need().counters()[:, 0, :].sum())
+        """Records the probes put into the rings, by their own count."""
+        return int(self._need().counters()[:, 0, 1:].sum())
+
+    def flight(self) -> Columns:
+        """The last events of each vCPU, shipped or not: columns sorted by (vm, vcpu, seq).
+
+        `seq` counts the events of the flight recorder, where none is left out; `ts` is that of the
+        same event in the stream.  The events of a VM, which belong to no vCPU, come first.
+
+        Raises:
+            HostError: the session was made without `flight`.
+
+        """
+        if not self._options.flight:
+            raise HostError("there is no flight recorder: the session was made without")
+        events = self._need().flight()
+        vcpu = (events["vcpu"].astype(np.int64) + 1) & 0xFFFF
+        return columns(events[np.lexsort((events["seq"], events["ts"], vcpu, events["vm"]))])
+
+    def release_compiler(self) -> None:
+        """Give back what LLVM took, about 100 MB: freed heap, and pages of its libraries.
+
+        They are read again when they are needed.  Best effort: a kernel that refuses keeps them.
+        """
+        release_memory(("libLLVM", "libclang", "libbcc"))
 
     def close(self) -> None:
         """Detach and free everything; safe to call at any time."""
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
+        for ring in (self._ring, self._reserve):
+            if ring is not None:
+                ring.close()
+        self._ring = self._reserve = None
         if self._program is not None:
             self._program.close()
             self._program = None
@@ -276,7 +373,7 @@ class Session:
             raise RuntimeError("the session is not prepared")
         return self._program
 
-    def _need_ring(self) -> Ring:
-        if self._ring is None:
+    def _need_rings(self) -> tuple[Ring, Ring]:
+        if self._ring is None or self._reserve is None:
             raise RuntimeError("the session is not attached")
-        return self._ring
+        return self._ring, self._reserve

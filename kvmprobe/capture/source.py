@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from mmap import PAGESIZE
+
 from kvmprobe.capture.layout import Layout
 from kvmprobe.capture.plan import Plan
 from kvmprobe.capture.points import FUNCTIONS, TracepointPoint
+from kvmprobe.capture.ring import STRIDE
 from kvmprobe.probes.schema import HERE
 
 #: In this order, one behind the other: BCC rewrites map accesses only in its main file.
@@ -24,16 +28,47 @@ FILES = (
 VM_NUMBERS = 4096
 
 
-def program_text(layout: Layout, plan: Plan, ring_pages: int, fentry_prefix: str = "") -> str:
+#: The flight recorder: the last events of so many vCPUs, the ones used last; a power of two.
+FLIGHT_EVENTS, FLIGHT_VCPUS = 64, 8192
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the program is made.
+
+    `ring_bytes`, `reserve_bytes`: data areas of the two rings, powers of two.  `watch`: ship only
+    what a rule may need.  `flight`: keep each vCPU's last events, shipped or not.
+    """
+
+    ring_bytes: int
+    reserve_bytes: int
+    watch: bool = False
+    flight: bool = False
+
+    def defines(self) -> dict[str, int]:
+        """The definitions for the C, by name."""
+        return {
+            "RING_PAGES": self.ring_bytes // PAGESIZE,
+            "RING_RECORDS": self.ring_bytes // STRIDE,
+            "RESERVE_PAGES": self.reserve_bytes // PAGESIZE,
+            "RESERVE_RECORDS": self.reserve_bytes // STRIDE,
+            "VM_NUMBERS": VM_NUMBERS,
+            "WATCH": int(self.watch),
+            "FLIGHT": int(self.flight),
+            "FLIGHT_EVENTS": FLIGHT_EVENTS,
+            "FLIGHT_VCPUS": FLIGHT_VCPUS,
+        }
+
+
+def program_text(layout: Layout, plan: Plan, options: Options, fentry_prefix: str = "") -> str:
     """The whole program as one text for BCC, with what the plan attaches and nothing else.
 
     BCC finds the target of an fentry program in the program's name, so those names are generated;
     `fentry_prefix` is what this BCC wants before the function's name ("" or "kvm__").
     """
     methods = {a.method for a in plan.active()}
-    prelude = [
-        layout.defines() + f"#define RING_PAGES {ring_pages}\n#define VM_NUMBERS {VM_NUMBERS}"
-    ]
+    prelude = [layout.defines()]
+    prelude += [f"#define {name} {value}" for name, value in options.defines().items()]
     if "kprobe" in methods:
         prelude.append("#define WITH_KPROBE")
     if "fentry" in methods:

@@ -20,7 +20,7 @@ from kvmprobe.capture.layout import read_layout
 from kvmprobe.capture.plan import Method, make_plan
 from kvmprobe.capture.points import FUNCTIONS
 from kvmprobe.capture.program import Program
-from kvmprobe.capture.source import program_text
+from kvmprobe.capture.source import Options, program_text
 from kvmprobe.errors import GuestError
 from kvmprobe.guests import kvm, load
 from kvmprobe.host.bccload import load_bcc
@@ -143,8 +143,11 @@ def test_programs_compile_for_other_kernels(tmp_path: Path, version: str) -> Non
         "7.2": {"kprobe": "not here", "fentry": "not here"},
     }
     plan = make_plan(btf, symbols, methods[version])
-    program = Program(load_bcc().module, program_text(read_layout(btf), plan, 16, "kvm__"), None)
+    watch, flight = version != "6.1", version == "7.2"
+    options = Options(1 << 16, 1 << 16, watch, flight)
+    text = program_text(read_layout(btf), plan, options, "kvm__")
+    program = Program(load_bcc().module, text, None)
     try:
-        assert program.ring_fd() > 0
+        assert program.ring_fd("events") > 0
     finally:
         program.close()

@@ -151,8 +151,11 @@ class Probes:
         self._look_up(row, vcpu, st, now, cache.gfn)
 
     def _remember(self, vcpu: Vcpu, st: VcpuState, now: int) -> None:
-        st.cache, st.sampled_gen, st.sampled_exits = vcpu.cache, now, st.exits
-        st.sampled_flags = st.flags
+        st.cache = vcpu.cache
+        self._remember_look(st, now)
+
+    def _remember_look(self, st: VcpuState, now: int) -> None:
+        st.sampled_gen, st.sampled_exits, st.sampled_flags = now, st.exits, st.flags
 
     def _sample(self, vcpu: Vcpu, st: VcpuState, now: int, site: int) -> None:
         """sample_cache()"""
@@ -161,6 +164,7 @@ class Probes:
         changed = changed or (cache.gva != old.gva and cache.gva != 0)
         moved = bool((st.flags ^ st.sampled_flags) & (L2 | SMM)) or st.sampled_gen != now
         if not changed and not st.refill and not (moved and cache.gfn):
+            self._remember_look(st, now)
             return
         kind = Type.FILL if not first and (changed or st.refill) else Type.CACHE
         row = Row(st.vm, st.id, int(kind), st.refill or int(site), st.flags)
@@ -177,15 +181,16 @@ class Probes:
         self._in_cache(row, vcpu, st, now)
         st.refill = 0
         self._remember(vcpu, st, now)
-        if kind is Type.CACHE and row.slot < 0 and not first:
+        news = first or changed or (kind is Type.FILL and moved)
+        if not news and not candidate(row):
             return
         row.seq, st.seq = st.seq, st.seq + 1
         self._send(row)
 
     def _flush(self, st: VcpuState) -> None:
-        if st.mmio is None:
+        if st.held is None:
             return
-        row, st.mmio = st.mmio, None
+        row, st.held = st.held, None
         row.seq, st.seq = st.seq, st.seq + 1
         self._send(row)
 
@@ -297,14 +302,16 @@ class Probes:
     def match(self, vcpu: Vcpu, gva: int, gpa: int, write: bool, by_gpa: bool) -> None:
         if at := self._resume(vcpu):
             st, now = at
+            self._flush(st)
             st.matched = True
             gen = vcpu.cache.gen
-            row = self._begin(st, Type.MATCH, Site.MATCH_MMIO, addr=gpa, value=gva, gen=gen)
+            row = Row(st.vm, st.id, int(Type.MATCH), int(Site.MATCH_MMIO), st.flags)
+            row.addr, row.value, row.gen = gpa, gva, gen
             row.aux = now & 0xFFFFFFFF
             row.flags |= self._compare(vcpu, now, gen) | self._compare_fill(vcpu, st)
             row.flags |= WRITE * write | BY_GPA * by_gpa
             self._look_up(row, vcpu, st, now, gpa >> 12)
-            self._send(row)
+            st.held = row
 
     def mmio(self, vcpu: Vcpu, kind: int, size: int, gpa: int) -> None:
         at = self._resume(vcpu)
@@ -314,6 +321,10 @@ class Probes:
         if kind == MmioType.READ and st.read_waits:
             st.read_waits = False
             return
+        held = st.held
+        same = held and held.type == Type.MATCH and held.addr >> 12 == gpa >> 12
+        if held and same and not candidate(held):
+            st.held = None  # MATCHED says it
         self._flush(st)
         row = Row(st.vm, st.id, int(Type.MMIO), int(Site.MMIO), st.flags)
         row.addr, row.gen, row.aux = gpa, vcpu.cache.gen, now & 0xFFFFFFFF
@@ -321,16 +332,16 @@ class Probes:
         row.flags |= self._compare(vcpu, now, vcpu.cache.gen) | self._compare_fill(vcpu, st)
         row.flags |= WRITE * (kind == MmioType.WRITE) | MATCHED * st.matched
         self._look_up(row, vcpu, st, now, gpa >> 12)
-        st.mmio = row
+        st.held = row
         st.read_waits = kind == MmioType.UNSATISFIED_READ
 
     def userspace_exit(self, vcpu: Vcpu, reason: int) -> None:
         at = self._resume(vcpu)
-        if at is None or at[0].mmio is None:
+        if at is None or at[0].held is None:
             return
-        if reason == EXIT_MMIO:
-            at[0].mmio.flags |= TO_USERSPACE
-            at[0].mmio.value = reason
+        if at[0].held.type == Type.MMIO and reason == EXIT_MMIO:
+            at[0].held.flags |= TO_USERSPACE
+            at[0].held.value = reason
         self._flush(at[0])
 
     def handle_mmio_page_fault(self, vcpu: Vcpu, gfn: int) -> None:
@@ -390,7 +401,10 @@ class Probes:
         row.addr, row.aux = cache.gfn << 12 | addr & 0xFFF, now & 0xFFFFFFFF
         row.flags |= gen | self._compare_fill(vcpu, st) | BY_GPA * bool(st.flags & DIRECT)
         self._look_up(row, vcpu, st, now, cache.gfn)
-        self._send(row)
+        if candidate(row):
+            self._send(row)
+        else:  # FAULT says BELIEVED, and MMIO MATCHED
+            st.seq -= 1
         st.matched = True
         return BELIEVED
 

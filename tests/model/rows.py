@@ -61,7 +61,7 @@ class VcpuState:
     sampled_gen: int = 0
     sampled_exits: int = 0
     sampled_flags: int = 0
-    mmio: Row | None = None
+    held: Row | None = None
     read_waits: bool = False
     matched: bool = False
     refill: int = 0
@@ -88,7 +88,7 @@ def candidate(row: Row) -> bool:
     if row.type in (Type.EMULATE, Type.SPTE):
         return bool(flags & PRESENT)
     if row.type == Type.FAULT:
-        return bool(flags & (BELIEVED | STUCK))
+        return bool(flags & STUCK)
     if row.type == Type.FAULTIN:
         return row.slot >= SLOT_TSS
     if row.type == Type.FILL:

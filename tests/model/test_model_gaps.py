@@ -77,7 +77,6 @@ def test_belief_in_smm_on_a_kernel_without_the_smm_fault() -> None:
     assert "internal-slot-hit" not in findings(rig)
 
 
-@pytest.mark.xfail(reason="a sample without news doesn't note that the vCPU was looked at")
 def test_fill_found_by_difference_after_quiet_samples() -> None:
     """Tracepoints only, mmio_caching=0: the level of the fill is known, as entries were sampled."""
     rig = Rig(replace(K6_1_192, mmio_caching=False), (0, ROOM), (1, ROOM),

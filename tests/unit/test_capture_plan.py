@@ -16,7 +16,7 @@ import pytest
 from kvmprobe.capture.layout import MEMBERS, read_layout
 from kvmprobe.capture.plan import Attachment, Method, Plan, make_plan
 from kvmprobe.capture.points import FUNCTIONS, TRACEPOINTS
-from kvmprobe.capture.source import program_text
+from kvmprobe.capture.source import Options, program_text
 from kvmprobe.errors import BtfError, HostError
 from kvmprobe.host.btf import KernelBtf, Member, Parameter, Prototype
 from kvmprobe.host.symbols import Symbols
@@ -323,17 +323,22 @@ def test_neighbours_that_lie_apart_are_refused(kernel: Kernel, struct: str, path
     assert "\n" not in str(error.value)
 
 
+OPTIONS = Options(64 * 4096, 8 * 4096, watch=False, flight=True)
+
+
 def definitions(text: str) -> dict[str, str]:
     return dict(re.findall(r"^#define (\w+) (\S+)$", text, re.MULTILINE))
 
 
 def test_program_text_defines_what_the_plan_needs(kernel: Kernel) -> None:
     layout = read_layout(kernel.btf)
-    defined = definitions(program_text(layout, kernel.plan(), 64))
+    defined = definitions(program_text(layout, kernel.plan(), OPTIONS))
     assert {name: defined[name] for name in layout.values} == {
         name: str(value) for name, value in layout.values.items()
     }
-    assert defined["RING_PAGES"] == "64"
+    assert (defined["RING_PAGES"], defined["RING_RECORDS"]) == ("64", "4096")
+    assert (defined["RESERVE_PAGES"], defined["RESERVE_RECORDS"]) == ("8", "512")
+    assert (defined["WATCH"], defined["FLIGHT"]) == ("0", "1")
     assert defined["NOSLOT_IS_HANDLE_ABNORMAL_PFN"] == str(int(kernel.version == "6.1"))
     assert defined["FAULTIN_ARGS"] == ("2" if kernel.version == "6.1" else "3")
 
@@ -343,7 +348,7 @@ def test_program_text_holds_no_more_than_is_attached(kernel: Kernel) -> None:
     optional = ("WITH_KPROBE", "WITH_FENTRY", "WITH_PAGE_FAULT_TP", "WITH_SPTE_REQUESTED")
 
     def options(plan: Plan) -> list[str]:
-        text = program_text(layout, plan, 64)
+        text = program_text(layout, plan, OPTIONS)
         return [name for name in optional if re.search(rf"^#define {name}$", text, re.MULTILINE)]
 
     assert options(kernel.plan()) == ["WITH_KPROBE"]
@@ -353,7 +358,7 @@ def test_program_text_holds_no_more_than_is_attached(kernel: Kernel) -> None:
 
 def test_fentry_programs_are_named_after_their_targets(kernel: Kernel) -> None:
     plan = kernel.plan({"kprobe": "no", "fentry": None})
-    defined = definitions(program_text(read_layout(kernel.btf), plan, 64, "kvm__"))
+    defined = definitions(program_text(read_layout(kernel.btf), plan, OPTIONS, "kvm__"))
     assert defined["FENTRY_FAULTIN"] == f"kfunc__kvm__{FAULTIN[kernel.version]}"
     assert defined["FEXIT_NOSLOT"] == f"kretfunc__kvm__{NOSLOT[kernel.version]}"
     names = [value for name, value in defined.items() if re.match("FENTRY_|FEXIT_", name)]
@@ -362,6 +367,6 @@ def test_fentry_programs_are_named_after_their_targets(kernel: Kernel) -> None:
 
 def test_every_offset_of_the_layout_is_used_and_every_one_used_is_in_it(kernel: Kernel) -> None:
     layout = read_layout(kernel.btf)
-    text = program_text(dataclasses.replace(layout, values={}), kernel.plan(), 64)
+    text = program_text(dataclasses.replace(layout, values={}), kernel.plan(), OPTIONS)
     used = set(re.findall(r"\b(?:OFF_\w+|SIZE_\w+|ADDRESS_SPACES)\b", text))
     assert used == set(layout.values)
