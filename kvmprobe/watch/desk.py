@@ -138,6 +138,17 @@ class Desk:
             for each in self.latches.kept.values()
         }
         self.judge: Judge | None = None
+        self._new_stream()
+
+    def _new_stream(self) -> None:
+        self._swept = 0.0
+        self.vms: dict[int, VmKey] = {}
+        self.names = VmNames()
+        self._gone: list[int] = []
+        self._life: dict[int, dict[tuple[int, int, int], np.void]] = {}
+        self._counted: dict[tuple[int, int, str], int] = {}
+        self._lossy: dict[int, tuple[int, float]] = {}
+        self._occurrences = 0
 
     def configure(self, config: Config) -> None:
         """Go on with another configuration, whose directories are the same."""
@@ -150,17 +161,13 @@ class Desk:
             **header,
             "source": {"kind": "live", "note": "events around a finding of kvmprobe watch"},
         }
-        self._swept = 0.0
-        self.vms: dict[int, VmKey] = {}
-        self.names = VmNames()
-        self._gone: list[int] = []
-        self._life: dict[int, dict[tuple[int, int, int], np.void]] = {}
+        self._new_stream()
         self._begin_judge(from_first=True)
 
     def _begin_judge(self, *, from_first: bool) -> None:
         self.judge = Judge(self._header["plan"], from_first=from_first)
-        self._counted: dict[tuple[int, int, str], int] = {}
-        self._lossy: dict[int, tuple[int, float]] = {}
+        self._counted = {}
+        self._lossy = {}
         self._occurrences = 0
 
     def feed(self, rows: NDArray[Any]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmprobe.errors import CaptureError
-from kvmprobe.probes.schema import EVENT
+from kvmprobe.probes.schema import EVENT, NO_VCPU
 from kvmprobe.store.writer import CaptureWriter
 
 DIRECTORY = "evidence"
@@ -44,21 +44,26 @@ class Recent:
 
 
 def gather(*parts: NDArray[Any]) -> NDArray[Any]:
-    """Join events of one VM, dtype EVENT: each once, in the order of time, then of sequence.
+    """Join events of one VM, dtype EVENT, in the order of time: each once, from its first part.
 
-    Of two events with the same place in a vCPU's sequence, or at one time where there is none, the
-    one in the earlier part is kept.
+    The parts may number a vCPU's events differently (the flight recorder counts its own), so they
+    are numbered anew, from 1: that 0 is missing says that something before is not there.
     """
     rows = np.concatenate([np.zeros(0, EVENT), *parts])
-    place = np.empty(len(rows), [(name, rows.dtype[name]) for name in _PLACE])
-    for name in _PLACE:
-        place[name] = rows[name]
-    _, first = np.unique(place, return_index=True)
+    same = np.empty(len(rows), [(name, rows.dtype[name]) for name in _SAME])
+    for name in _SAME:
+        same[name] = rows[name]
+    _, first = np.unique(same, return_index=True)
     rows = rows[np.sort(first)]
-    return rows[np.lexsort((rows["seq"], rows["vcpu"], rows["ts"]))]
+    rows = rows[np.argsort(rows["ts"], kind="stable")]
+    for vcpu in np.unique(rows["vcpu"][rows["vcpu"] != NO_VCPU]):
+        own = rows["vcpu"] == vcpu
+        rows["seq"][own] = np.arange(1, np.count_nonzero(own) + 1)
+    return rows
 
 
-_PLACE = ("vm", "vcpu", "seq", "type", "kind", "ts", "len")
+#: What tells an event: a vCPU's have different times.
+_SAME = ("vm", "vcpu", "ts", "type", "kind", "site", "addr", "len")
 
 
 class Evidence:

@@ -19,7 +19,7 @@ from kvmprobe.capture.header import live_header
 from kvmprobe.capture.plan import Row
 from kvmprobe.capture.session import MAX_TICK, Filters, Session
 from kvmprobe.errors import HostError, KvmprobeError
-from kvmprobe.probes.schema import EVENT
+from kvmprobe.probes.schema import EVENT, rows
 from kvmprobe.watch import status as statuses
 from kvmprobe.watch.config import FIXED, Config, ConfigError, parse_listen, today
 from kvmprobe.watch.desk import Desk
@@ -55,6 +55,7 @@ class Service:
         self._boot = statuses.boot_id()
         self._since = wall()
         self._session: Session | None = None
+        self._flying = False
         self._reason: str | None = "not attached yet"
         self._retry_at = 0.0
         self._retry = True
@@ -117,8 +118,8 @@ class Service:
         time.sleep(session.tick if session.tick < MAX_TICK else IDLE_TICK)
         self._take(session.drain())
 
-    def _take(self, rows: NDArray[Any]) -> None:
-        self._desk.feed(rows)
+    def _take(self, events: NDArray[Any]) -> None:
+        self._desk.feed(events)
         now = time.monotonic()
         self._watched += now - self._drained
         self._drained, self._drained_wall = now, time.time()
@@ -136,24 +137,31 @@ class Service:
         self._publish()
 
     def _flight(self) -> NDArray[Any]:
-        return _NO_EVENTS
+        """The last events of all vCPUs, shipped or not."""
+        if self._session is None or not self._flying:
+            return _NO_EVENTS
+        return rows(self._session.flight())
 
     # Attaching
 
     def _attach(self) -> None:
         """Attach everything and begin.  Raises HostError; then nothing is attached."""
         modules = kvm_modules()
-        session = Session(Filters(), backend=self._config.backend)
+        config = self._config
+        flight = config.evidence.files > 0
+        session = Session(Filters(), backend=config.backend, watch=True, flight=flight)
         try:
             session.prepare()
             session.attach()
             self._plan = tuple(session.plan.rows())
             self._desk.begin(live_header(session, sys.argv))
+            session.release_compiler()
             session.start()
         except BaseException:
             session.close()
             raise
         self._session, self._modules, self._reason = session, modules, None
+        self._flying = flight
         self._attachments += 1
         self._drained = time.monotonic()
 
