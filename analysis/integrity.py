@@ -14,8 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmprobe.analysis.jit import available
+from kvmprobe.analysis.sequences import Sequences, small
 from kvmprobe.probes.schema import NO_VCPU, Columns, Flag, LifecycleChange, LossCause, Type
 
+#: Events before the loop is worth its compiling.
+_COMPILE_AFTER = 1_000_000
 #: Gaps and anomalies are listed up to so many; their totals are exact.
 LIST_LIMIT = 100
 
@@ -33,13 +37,6 @@ _CONTRADICTIONS = (
     ((Flag.GEN_IS_CURRENT, Flag.GEN_KNOWN), "a compared generation that isn't known"),
     ((Flag.OTHER_AS, Flag.FILL_AS_KNOWN), "another address space that isn't known"),
 )
-# Those flags as one small number: the low four, GEN_* and TWO_AS, FILL_AS_KNOWN and OTHER_AS.
-_LOW, _MIDDLE, _HIGH = 0xF, 0xF0, 0x300
-_MIDDLE_SHIFT, _HIGH_SHIFT = np.uint32(12), np.uint32(16)
-
-
-def _small(flags: int) -> int:
-    return flags & _LOW | flags >> 12 & _MIDDLE | flags >> 16 & _HIGH
 
 
 def _impossible() -> NDArray[np.uint8]:
@@ -47,7 +44,7 @@ def _impossible() -> NDArray[np.uint8]:
     table = np.zeros(1 << 10, np.uint8)
     number = np.arange(len(table))
     for i, ((one, other), _) in reversed(tuple(enumerate(_CONTRADICTIONS))):
-        alone = ((number & _small(int(one))) != 0) & ((number & _small(int(other))) == 0)
+        alone = ((number & small(int(one))) != 0) & ((number & small(int(other))) == 0)
         table[alone] = i + 1
     return table
 
@@ -113,14 +110,19 @@ class Integrity:
     A LOSS event with a VM concerns that VM only, one of VM 0 all of them; a gap concerns its VM.
     """
 
-    def __init__(self, *, from_first: bool = False) -> None:
+    def __init__(self, *, from_first: bool = False, jit: bool = False) -> None:
         """Start with nothing seen.
 
         Args:
             from_first: each vCPU's sequence begins at 0, as probes number it: what is missing
                 before its first event was lost.  Otherwise it may begin anywhere.
+            jit: go through whole batches by a compiled loop once many events were seen, where numba
+                is installed.
 
         """
+        self._compile_after = _COMPILE_AFTER if jit and available() else None
+        self._sequences: Sequences | None = None
+        self._loaded = False
         self._before_first = np.int64(-1 if from_first else _UNSEEN)
         self._last: dict[int, int] = {}
         #: VMs seen, by number; 0 is there always and holds what concerns every VM.
@@ -203,6 +205,8 @@ class Integrity:
                 `kind`, `len`.
 
         """
+        if self._taken_whole(columns):
+            return
         kinds = columns["type"]
         counts = np.bincount(kinds, minlength=Type.LOSS + 1)
         self.events.update({int(t): int(counts[t]) for t in np.flatnonzero(counts)})
@@ -222,6 +226,22 @@ class Integrity:
         if counts[Type.LIFECYCLE]:
             gone = (kinds == Type.LIFECYCLE) & (columns["kind"] == LifecycleChange.VM_GONE)
             self._forget_sequences(set(columns["vm"][gone].tolist()))
+
+    def _taken_whole(self, columns: Columns) -> bool:
+        """Whether the compiled loop took the batch in; brings what it keeps up to date."""
+        if self._compile_after is None or self.events.total() < self._compile_after:
+            return False
+        if self._sequences is None:
+            self._sequences = Sequences(_IMPOSSIBLE)
+        if not self._loaded:
+            self._sequences.load(self._last, self.vms)
+        counts = self._sequences.take(columns)
+        if counts is not None:
+            self.events.update({int(t): int(counts[t]) for t in np.flatnonzero(counts)})
+        elif self._loaded:
+            self._last = self._sequences.last()
+        self._loaded = counts is not None
+        return self._loaded
 
     def _meet(self, vms: NDArray[Any]) -> None:
         """Note VMs, by their numbers."""
@@ -247,11 +267,7 @@ class Integrity:
 
     def _check(self, columns: Columns) -> None:
         """Look for events that can't be, each by itself."""
-        flags = columns["flags"]
-        small = flags & _LOW
-        small |= flags >> _MIDDLE_SHIFT & _MIDDLE
-        small |= flags >> _HIGH_SHIFT & _HIGH
-        wrong = _IMPOSSIBLE.take(small)
+        wrong = _IMPOSSIBLE.take(small(columns["flags"]))
         if wrong.any():
             for i in np.unique(wrong[wrong != 0]).tolist():
                 self._doubt(_CONTRADICTIONS[i - 1][1], columns, np.flatnonzero(wrong == i))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Compiling the step loop with numba, and where numba may keep what it compiled.
+"""Compiling loops with numba, and where numba may keep what it compiled.
 
 This is the only module that imports numba, and only when asked to compile.  What numba keeps is
 loaded as code by the next process, so the place must be ours alone: $CACHE_DIRECTORY (systemd makes
@@ -13,7 +13,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -43,8 +43,11 @@ def _ours(path: Path) -> bool:
     return info.st_uid == os.geteuid() and not info.st_mode & others
 
 
-def cache_directory() -> Path | None:
-    """Return the directory for compiled code, made and tried, or None for "keep nothing"."""
+def cache_directory(*more: Path) -> Path | None:
+    """Return the directory for compiled code, made and tried, or None for "keep nothing".
+
+    `more` are folders of other sources that the code is compiled from.
+    """
     given = os.environ.get("CACHE_DIRECTORY", "").split(":")[0]
     if given:
         base = Path(given)
@@ -56,7 +59,7 @@ def cache_directory() -> Path | None:
             base = Path(home).expanduser() / "kvmprobe"
         except RuntimeError:
             return None
-    path = base / f"jit-{_digest()}"
+    path = base / f"jit-{_digest(more)}"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
@@ -64,13 +67,14 @@ def cache_directory() -> Path | None:
     return path if _ours(path) else None
 
 
-def _digest() -> str:
-    """Name the sources that the loop is compiled from: numba looks at one file only."""
+def _digest(more: Sequence[Path]) -> str:
+    """Name the sources that loops are compiled from: numba looks at one file only."""
     here = Path(__file__).parent
     sources = [
         here / "steps.py",
         *sorted((here / "rules").glob("*.py")),
         here.parent / "probes" / "events.h",
+        *(source for folder in more for source in sorted(folder.glob("*.py"))),
     ]
     text = b"\0".join(source.read_bytes() for source in sources)
     return hashlib.sha256(text).hexdigest()[:16]
@@ -85,29 +89,36 @@ def available() -> bool:
     return find_spec("numba") is not None
 
 
-@cache
-def compiled_scan() -> Scan:
-    """Return `steps.scan` compiled; call it only where `available()`.
+def compiled(
+    function: Callable[..., Any], helpers: Iterable[Callable[..., Any]], *more: Path
+) -> Any:  # noqa: ANN401
+    """Return `function` compiled, and with it what it calls; only where `available()`.
 
-    The first call compiles (seconds) or loads what an earlier process kept.
+    The first call of the result compiles (seconds) or loads what an earlier process kept.  `more`
+    are folders of other sources that it is compiled from.
     """
     import numba
     from numba.extending import register_jitable
 
-    from kvmprobe.analysis import rules, steps
-    from kvmprobe.analysis.rules.model import HELPERS
-
-    for function in (*HELPERS, *(rule.step for rule in rules.RULES), *rules.LINKS):
-        register_jitable(function)
-    register_jitable(steps.find)
-    register_jitable(steps.begin)
-    directory = cache_directory()
+    for helper in helpers:
+        register_jitable(forceinline=True)(helper)
+    directory = cache_directory(*more)
     # numba reads the setting when a function is decorated; others may have set it for theirs.
     config: Any = numba.config
     before = config.CACHE_DIR
     try:
         config.CACHE_DIR = str(directory or "")
-        compiled: Any = numba.njit(steps.scan, cache=directory is not None, nogil=True)
+        return numba.njit(function, cache=directory is not None, nogil=True)
     finally:
         config.CACHE_DIR = before
-    return cast(Scan, compiled)
+
+
+@cache
+def compiled_scan() -> Scan:
+    """Return `steps.scan` compiled; call it only where `available()`."""
+    from kvmprobe.analysis import rules, steps
+    from kvmprobe.analysis.rules.model import HELPERS
+
+    helpers: list[Callable[..., Any]] = [*HELPERS, *(rule.step for rule in rules.RULES)]
+    helpers += [rules.STEP_ALL, steps.find, steps.begin]
+    return cast(Scan, compiled(steps.scan, helpers))

@@ -96,7 +96,7 @@ class Judge:
         self._attached = Coverage.attached_in(plan)
         self._detector = Detector(jit=jit, compile_after=_COMPILE_AFTER)
         #: Losses, gaps and anomalies; events by type.
-        self.integrity = Integrity(from_first=from_first)
+        self.integrity = Integrity(from_first=from_first, jit=jit)
         #: The VMs' names and the vCPUs' threads.
         self.names = VmNames()
 

@@ -8,7 +8,7 @@ that what is left to do in Python is bounded by the evidence and not by the even
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +88,23 @@ class Out(NamedTuple):
     codes: NDArray[np.uint8]  # rule: its answer to one event
 
 
-def find(places: Places, key: int) -> int:
+class Hashed(Protocol):
+    """What `find` looks in: `Places`, or another table of the same keys."""
+
+    @property
+    def hashes(self) -> NDArray[np.int32]:
+        """Hash -> place, -1: free; a power of two long."""
+
+    @property
+    def seed(self) -> NDArray[np.int64]:
+        """Two odd numbers."""
+
+    @property
+    def key(self) -> NDArray[np.int64]:
+        """The key of each place."""
+
+
+def find(places: Hashed, key: int) -> int:
     """Return where `key` stands in `hashes`, or where it would go."""
     mask = len(places.hashes) - 1
     # Below 2**63, so nothing overflows; seeded, so no capture can be made to collide.
