@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
 
 from kvmprobe.analysis.verdict import INCONCLUSIVE, VERDICTS, VULNERABLE
+from kvmprobe.host.exposure import Exposure
 
 #: What is said of a fault that the host's configuration rules out.
 UNREACHABLE = "unreachable"
@@ -87,6 +88,16 @@ def vm_label(name: str | None, pid: int | None) -> str:
     short = (name or "VM").replace("|", "/")
     short = short if len(short) <= _NAME_LENGTH else short[: _NAME_LENGTH - 1] + "…"
     return f"{short} (pid {pid})" if pid is not None else short
+
+
+def unreachable_by(configured: Iterable[Exposure]) -> dict[str, str]:
+    """The faults that a host's configuration rules out, with the proof."""
+    return {e.fault: e.reason for e in configured if e.word == "unreachable"}
+
+
+def unique(texts: Iterable[str]) -> tuple[str, ...]:
+    """The texts without their repetitions."""
+    return tuple(dict.fromkeys(texts))
 
 
 def conclude(seen: Seen) -> Result:

@@ -76,11 +76,15 @@ def check(
 
 
 def _look(duration: float, directory: Path) -> Seen:
-    from kvmprobe.check.sources import ask_watch, record
-    from kvmprobe.doctor.report import configured
+    from kvmprobe.check.ask import ask_watch
+    from kvmprobe.doctor.configured import configured
     from kvmprobe.host.facts import host_facts, process_age
 
     begun = time.monotonic() - process_age()
     exposed = configured(host_facts())
     seen, notes = ask_watch(directory, exposed)
-    return seen or dataclasses.replace(record(duration, begun, exposed), notes=notes)
+    if seen is not None:
+        return seen
+    from kvmprobe.check.sources import record
+
+    return dataclasses.replace(record(duration, begun, exposed), notes=notes)

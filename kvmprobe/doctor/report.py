@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvmprobe import __version__
+from kvmprobe.doctor.configured import configured
 from kvmprobe.doctor.sample import Sample, take_sample
 from kvmprobe.errors import GuestError, UsageError
-from kvmprobe.guests import nested, smm
-from kvmprobe.host.exposure import FIXED_FROM, Exposure, exposures
+from kvmprobe.host.exposure import FIXED_FROM, Exposure
 from kvmprobe.host.facts import Access, HostFacts, access, host_facts
 from kvmprobe.host.livepatch import Livepatch, kvm_livepatches
 from kvmprobe.host.vms import nested_runs, running_vms
@@ -88,25 +88,6 @@ def examine(captures: Sequence[Path], *, verify: bool) -> Report:
         ),
         verified=verified,
     )
-
-
-def configured(host: HostFacts) -> list[Exposure]:
-    """What this host's configuration, and its KVM when asked, say about each fault."""
-    return exposures(
-        host["vendor"], host["parameters"], smm=_ask(smm.supported), nests=_ask(_nests)
-    )
-
-
-def _ask(question: Callable[[], bool]) -> bool | None:
-    """What /dev/kvm answers; None where it can't be asked."""
-    try:
-        return question()
-    except GuestError:
-        return None
-
-
-def _nests() -> bool:
-    return nested.nests() is not None
 
 
 def _verify(host: HostFacts) -> tuple[Answer, ...]:
