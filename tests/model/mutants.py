@@ -4,8 +4,9 @@
     python -m tests.model.mutants --jobs 2 [--only steps.py] [--every 10]
 
 Each mutant is one change of one comparison, boolean operator, bit operator or constant in a
-function of `FILES`; each runs in a copy of the tree, never compiled.  A line a mutant: killed or
-SURVIVED.
+function of `FILES`.  Each runs in a child of its own that sees the changed source in place of the
+file, forked from a process that has imported what the suite needs but nothing of the project.
+Nothing is compiled.  A line a mutant: killed or SURVIVED.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import importlib.machinery
+import multiprocessing
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from types import CodeType
+from typing import cast
 
 ROOT = Path(__file__).parents[2]
 #: What mutants are made of.
@@ -34,12 +36,19 @@ FILES = (
 )  # fmt: skip
 #: The suite, the quick part first: the second stage runs only for what the first didn't notice.
 STAGES = (
-    ("tests/unit/test_rules.py", "tests/model/test_model_tables.py"),
+    ("tests/model/test_model_tables.py", "tests/unit/test_rules_smm.py",
+     "tests/unit/test_rules.py"),
     ("tests/model/test_model_runs.py", "tests/model/test_model_gaps.py",
      "tests/unit/test_verdict.py", "tests/unit/test_rules_golden.py",
-     "tests/unit/test_detector.py"),
+     "tests/unit/test_verdict_vms.py", "tests/unit/test_detector.py"),
 )  # fmt: skip
-RUNS = "120"  #: random runs of the model a mutant must survive
+#: What children find imported.
+_PRELOAD = ("pytest", "numpy", "hypothesis", "hypothesis.extra.numpy")
+#: Where the suite runs; so many random runs of the model must a mutant survive.
+ENVIRONMENT = {
+    "KVMPROBE_NO_JIT": "1", "KVMPROBE_MODEL_RUNS": "120", "KVMPROBE_MODEL_MUTANTS": "0",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}  # fmt: skip
 TIME_LIMIT = 300  #: seconds; a mutant that hangs is noticed
 
 _COMPARE: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
@@ -136,64 +145,62 @@ def _parse_again(tree: ast.Module, node: ast.AST) -> ast.Module:
     return copy.deepcopy(tree, memo)
 
 
-def make_copy(place: Path) -> Path:
-    """Copy what the suite needs into `place`."""
-    for name in ("analysis", "probes", "kvmprobe", "tests"):
-        ignored = shutil.ignore_patterns("__pycache__", "lab", "live", "bench", "packaging")
-        shutil.copytree(ROOT / name, place / name, symlinks=True, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", place)
-    return place
+class _Mutated(importlib.machinery.SourceFileLoader):
+    """Loads the mutant's source for its file, and every other file as it is."""
+
+    mutant: Mutant
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """Compile the mutant for its file, past any compiled file that is kept."""
+        path = self.get_filename(fullname)
+        if Path(path).resolve() == ROOT / self.mutant.file:
+            return self.source_to_code(self.mutant.source, path)
+        return cast(CodeType, super().get_code(fullname))
 
 
-def noticed(place: Path, mutant: Mutant | None) -> str | None:
-    """Run the suite on a mutant in a copy; return what noticed it, or None."""
-    environment = os.environ | {
-        "KVMPROBE_NO_JIT": "1", "KVMPROBE_MODEL_RUNS": RUNS, "KVMPROBE_MODEL_MUTANTS": "0",
-        "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(place),
-    }  # fmt: skip
-    target = place / mutant.file if mutant else None
-    original = target.read_text(encoding="utf-8") if target else ""
-    if target and mutant:
-        target.write_text(mutant.source, encoding="utf-8")
-    try:
+def _suite(mutant: Mutant | None, stage: tuple[str, ...], said: str) -> None:
+    """Run a stage of the suite on a mutant; for a child of its own, which it ends."""
+    import pytest
+
+    with Path(said).open("w", encoding="utf-8") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    if mutant:
+        _Mutated.mutant = mutant
+        found = importlib.machinery.FileFinder.path_hook((_Mutated, [".py"]))
+        sys.path_hooks.insert(0, found)
+        sys.path_importer_cache.clear()
+    os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *stage]))
+
+
+def noticed(mutant: Mutant | None) -> str | None:
+    """Run the suite on a mutant; return what noticed it, or None."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOAD))
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", prefix="kvmprobe-mutant-") as said:
         for stage in STAGES:
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *stage]
-            try:
-                run = subprocess.run(
-                    command, cwd=place, env=environment, capture_output=True, text=True,
-                    timeout=TIME_LIMIT,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
+            child = context.Process(target=_suite, args=(mutant, stage, said.name))
+            child.start()
+            child.join(TIME_LIMIT)
+            if child.is_alive():
+                child.kill()
+                child.join()
                 return "it hangs"
-            if run.returncode:
-                told = [ln for ln in run.stdout.splitlines() if ln.startswith(("FAILED", "ERROR"))]
-                return told[0] if told else f"pytest ended with {run.returncode}"
-    finally:
-        if target:
-            target.write_text(original, encoding="utf-8")
+            if child.exitcode:
+                said.seek(0)
+                told = [ln for ln in said if ln.startswith(("FAILED", "ERROR"))]
+                return told[0].strip() if told else f"pytest ended with {child.exitcode}"
     return None
 
 
 def run_all(wanted: list[Mutant], jobs: int) -> list[Mutant]:
     """Try mutants, print a line each, and return the survivors."""
     survivors = []
-    with tempfile.TemporaryDirectory(prefix="kvmprobe-mutants-") as base:
-        places: SimpleQueue[Path] = SimpleQueue()
-        for n in range(jobs):
-            places.put(make_copy(Path(base) / str(n)))
-
-        def judge(mutant: Mutant) -> tuple[Mutant, str | None]:
-            place = places.get()
-            try:
-                return mutant, noticed(place, mutant)
-            finally:
-                places.put(place)
-
-        with ThreadPoolExecutor(jobs) as pool:
-            for mutant, by in pool.map(judge, wanted):
-                print(f"{'killed' if by else 'SURVIVED'}  {mutant}", flush=True)
-                if by is None:
-                    survivors.append(mutant)
+    with ThreadPoolExecutor(jobs) as pool:
+        for mutant, by in zip(wanted, pool.map(noticed, wanted), strict=True):
+            print(f"{'killed' if by else 'SURVIVED'}  {mutant}  {by or ''}", flush=True)
+            if by is None:
+                survivors.append(mutant)
     return survivors
 
 
@@ -214,6 +221,8 @@ def main() -> int:
     if args.list:
         print(*wanted, sep="\n")
         return 0
+    # Set before the server starts: its children inherit it.
+    os.environ |= ENVIRONMENT
     survivors = run_all(wanted, args.jobs)
     print(f"{len(wanted)} mutants, {len(survivors)} survived")
     return 1 if survivors else 0

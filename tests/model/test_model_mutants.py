@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
-from tests.model.mutants import FILES, ROOT, make_copy, mutants, noticed
+from tests.model.mutants import ENVIRONMENT, FILES, ROOT, mutants, noticed
 
 #: (file, what stands there, what the mutant says instead)
 FIXED = (
@@ -19,19 +18,20 @@ FIXED = (
 )
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(autouse=True)
+def own_run(monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("KVMPROBE_MODEL_MUTANTS") == "0":
         pytest.skip("this is a mutant's own run")
-    return make_copy(tmp_path_factory.mktemp("mutants"))
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize(("file", "before", "after"), FIXED)
-def test_suite_notices(place: Path, file: str, before: str, after: str) -> None:
+def test_suite_notices(file: str, before: str, after: str) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")
     found = [m for m in mutants(file, text) if (m.before, m.after) == (before, after)]
     assert found, f"{before} isn't in {file} any more: choose another mutant"
-    assert noticed(place, found[0]) is not None
+    assert noticed(found[0]) is not None
 
 
 def test_every_file_has_mutants_that_parse() -> None:
