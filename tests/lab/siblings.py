@@ -37,6 +37,8 @@ VULNERABLE, FIXED, NOT_EXERCISED = "vulnerable", "fixed", "not exercised"
 SMM_VMS = tuple(RECIPES)
 OVERWRITE_VMS = ("present", "control")
 STORM_VM = "storm"
+#: Seconds in a row that are a storm to the rule.
+_STORM_SECONDS = 5
 #: The two parts of a recording, and what is run in each.
 PARTS = {
     "nested paging": (*SMM_VMS, STORM_VM),
@@ -119,11 +121,14 @@ def read_pids(output: str) -> dict[str, int]:
     return {name: int(pid) for name, pid in re.findall(r"^vm (\S+) (\d+)\r?$", output, re.M)}
 
 
-def was_storm(text: str) -> bool:
-    """Whether the storm guest came to 100 changes in enough seconds; a busy machine does not."""
+def storm_seconds(text: str) -> int:
+    """Return in how many seconds in a row the storm guest came to 100 changes; 0 without one.
+
+    It asks for 150 a second; on a busy machine it comes to fewer.
+    """
     found = re.search(r"^changes ([\d ]+)", text, re.M)
-    seconds = [int(each) >= 100 for each in found[1].split()] if found else []
-    return sum(seconds) >= len(seconds) - 1 > 5
+    marks = "".join("x" if int(each) >= 100 else " " for each in found[1].split()) if found else ""
+    return max((len(row) for row in marks.split()), default=0)
 
 
 @dataclass(frozen=True)
@@ -217,11 +222,18 @@ def judge(known: Known, output: str, capture: Path, document: dict[str, Any]) ->
         expected_rules = {
             "present": [OVERWRITE] if known.overwrite else [],
             "control": [],
-            STORM_VM: [STORM] if was_storm(text) else [],
+            STORM_VM: [STORM] if storm_seconds(text) > _STORM_SECONDS else [],
         }
         for vm, wanted in expected_rules.items():
             if vm in PARTS[part]:
-                yield _cell(part, f"{vm}: rules", wanted, sorted(rules.get(pids[vm], ())))
+                found = sorted(rules.get(pids[vm], ()))
+                # The guest's seconds are not the detector's: near the limit either is right.
+                near = vm == STORM_VM and abs(storm_seconds(text) - _STORM_SECONDS) <= 1
+                if near and found == [STORM]:
+                    wanted = found
+                elif near:
+                    wanted = []
+                yield _cell(part, f"{vm}: rules", wanted, found)
     overwritten = known.overwrite and "part shadow paging" in output
     verdicts = {
         "address-space": VULNERABLE if known.mixup else FIXED,
