@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmprobe.formats.compiled import Loops, LoopTranslator
 from kvmprobe.formats.detect import Source, open_trace
 from kvmprobe.formats.ftrace import TextReader
 from kvmprobe.formats.importer import blocks
@@ -31,11 +32,17 @@ def path_of(name: str, kind: str) -> Path:
 
 
 def translated(
-    source: Source, slots: tuple[Slot, ...] = SLOTS, *, salvage: bool = False
+    source: Source,
+    slots: tuple[Slot, ...] = SLOTS,
+    *,
+    salvage: bool = False,
+    loops: Loops | None = None,
 ) -> tuple[NDArray[Any], Tally]:
     """All events of a trace, and what its reader met."""
-    tally, translator = Tally(), Translator(slots)
-    events = [translator.feed(block) for block in blocks(source, tally, salvage=salvage)]
+    tally = Tally()
+    translator = Translator(slots) if loops is None else LoopTranslator(slots, loops)
+    read = blocks(source, tally, salvage=salvage, loops=loops)
+    events = [translator.feed(block) for block in read]
     return np.concatenate([*events, translator.finish()]), tally
 
 

@@ -142,7 +142,7 @@ def open_trace(path: Path) -> Source:
     except OSError as error:
         raise CaptureError(f"can't read {path}: {error.strerror}") from error
     try:
-        return _detect(path, file)
+        return detect(path, file)
     except OSError as error:
         file.close()
         raise CaptureError(f"can't read {path}: {error.strerror}") from error
@@ -151,7 +151,8 @@ def open_trace(path: Path) -> Source:
         raise
 
 
-def _detect(path: Path, file: BinaryIO) -> Source:
+def detect(path: Path, file: BinaryIO) -> Source:
+    """See what an open file is; `path` names it in errors.  Raises CaptureError, OSError."""
     first = file.peek(6)[:6] if hasattr(file, "peek") else b""
     stream: Readable = file
     packed = True

@@ -9,7 +9,8 @@ difference was overwritten before the text begins.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from mmap import mmap
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +30,10 @@ _ENTRIES = re.compile(rb"# entries-in-buffer/entries-written: (\d{1,18})/(\d{1,1
 _PERF_LOST = re.compile(rb".*\[(\d{3,5})\] .*PERF_RECORD_LOST(?:_SAMPLES)?:? lost (\d{1,18})")
 
 
+#: `lines.parse`, or the same compiled.
+Parse = Callable[[lines.Text, NDArray[np.bool_], set[str]], lines.Parsed]
+
+
 class Readable(Protocol):
     """Anything with a `read` that may give fewer bytes than asked for, and b"" at the end."""
 
@@ -42,11 +47,13 @@ _QUIET = re.compile(rb"\s*$|#|CPU \d+ is empty|cpus=\d+|version = \d+|\S+:$")
 class TextReader:
     """Reads a text trace from a stream, in blocks of bounded size."""
 
-    def __init__(self, stream: Readable, tally: Tally) -> None:
+    def __init__(self, stream: Readable, tally: Tally, parse: Parse = lines.parse) -> None:
         """Read from `stream`; what is met is counted in `tally`."""
         self._stream = stream
         self._tally = tally
-        self._known = np.zeros(lines.TIDS, np.bool_)
+        self._parse = parse
+        # Of the kernel, which gives memory as it is touched: malloc might fill it with zeros.
+        self._known = np.frombuffer(mmap(-1, lines.TIDS), np.bool_)
         self._last_ts = 0
 
     def __iter__(self) -> Iterator[Block]:
@@ -72,7 +79,7 @@ class TextReader:
     def _block(self, data: bytes) -> Block:
         tally = self._tally
         text = lines.text_of(data)
-        parsed = lines.parse(text, self._known, tally.systems)
+        parsed = self._parse(text, self._known, tally.systems)
         tally.systems |= parsed.systems
         tally.read += parsed.events
         tally.not_understood(

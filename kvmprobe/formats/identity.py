@@ -93,11 +93,24 @@ class Identity:
                 known[i] = self._place(int(unique[i]), records[row], row, births)
             place[says] = known[which]
         self._inherit(records, tid, place)
-        if not births:
-            return place, Births(np.empty(0, EVENT), place[:0], place[:0])
-        events = np.array([event for event, _, _ in births], EVENT)
-        rows = np.array([row for _, row, _ in births], np.int64)
-        return place, Births(events, rows, np.array([at for _, _, at in births], np.int64))
+        return place, _told(births)
+
+    def meet(self, record: np.void) -> tuple[int, int, Births]:
+        """Number the vCPU that one record names.
+
+        Returns:
+            Its key (tgid, tid and vCPU packed), its place, and what becomes known; rows are 0.
+
+        Raises:
+            CaptureError: more vCPUs than a host can have.
+
+        """
+        births: list[tuple[np.void, int, int]] = []
+        tgid, tid = (int(record[name]) & int(_TID) for name in ("tgid", "tid"))
+        key = tgid << 40 | tid << 16 | int(record["vcpu"])
+        place = self._place(key, record, 0, births)
+        self._running[tid] = place
+        return key, place, _told(births)
 
     def _inherit(
         self, records: NDArray[Any], tid: NDArray[np.uint64], place: NDArray[np.int64]
@@ -113,12 +126,12 @@ class Identity:
         newest = np.maximum.accumulate(np.where(says, np.arange(len(which)), -1))
         earlier = np.array([self._running.get(t, -1) for t in tids.tolist()], np.int64)
         found = np.where(newest >= first[which], place[order[newest]], earlier[which])
-        found[records["point"][order] == Point.LOST] = -1
-        place[order] = found
         last = np.append(first[1:], len(which)) - 1
         for t, at in zip(tids.tolist(), found[last].tolist(), strict=True):
             if at >= 0:
                 self._running[t] = at
+        found[records["point"][order] == Point.LOST] = -1
+        place[order] = found
 
     def _place(
         self, key: int, record: np.void, row: int, births: list[tuple[np.void, int, int]]
@@ -177,6 +190,12 @@ class Identity:
             if near < distance:
                 best, distance = vm, near
         return best
+
+
+def _told(births: list[tuple[np.void, int, int]]) -> Births:
+    places = np.array([at for _, _, at in births], np.int64)
+    rows = np.array([row for _, row, _ in births], np.int64)
+    return Births(np.array([event for event, _, _ in births], EVENT), rows, places)
 
 
 def _kind(comm: bytes) -> bytes:

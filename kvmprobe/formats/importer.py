@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmprobe.errors import CaptureError
+from kvmprobe.formats import lines
+from kvmprobe.formats.compiled import Loops, LoopTranslator, TextLoop, loops_for
 from kvmprobe.formats.detect import Source, open_trace
 from kvmprobe.formats.ftrace import ANY_CPU, TextReader
 from kvmprobe.formats.perfdata import PerfDataReader, UnsupportedError
@@ -43,32 +45,35 @@ class Imported:
     doubts: list[str] = field(default_factory=list)
 
 
-def blocks(source: Source, tally: Tally, *, salvage: bool = False) -> Iterator[Block]:
-    """Read a trace of any kind.
+def blocks(
+    source: Source, tally: Tally, *, salvage: bool = False, loops: Loops | None = None
+) -> Iterator[Block]:
+    """Read a trace of any kind; with `loops` by compiled code.
 
     Raises:
         CaptureError: it is damaged; without `salvage` also when it only ends early.
 
     """
+    parse = lines.parse if loops is None else TextLoop(loops)
     if source.kind == "trace.dat":
-        reader = TraceDatReader(source.file, tally, salvage=salvage)
+        reader = TraceDatReader(source.file, tally, salvage=salvage, loops=loops)
         yield from reader
         if reader.ended is not None:
             raise reader.ended
     elif source.kind == "perf.data":
         try:
-            perf = PerfDataReader(source.file, tally, salvage=salvage)
+            perf = PerfDataReader(source.file, tally, salvage=salvage, loops=loops)
             yield from perf
         except UnsupportedError as error:
             if tally.read:
                 raise CaptureError(f"{error} in the middle of the file: use perf script") from error
             with perf_script(source.file, str(error)) as text:
-                yield from TextReader(text, tally)
+                yield from TextReader(text, tally, parse)
             return
         if perf.ended is not None:
             raise perf.ended
     else:
-        yield from TextReader(source.stream, tally)
+        yield from TextReader(source.stream, tally, parse)
 
 
 def import_traces(
@@ -95,7 +100,8 @@ def import_traces(
 
     """
     done = Imported()
-    translator = Translator(slots)
+    loops = loops_for(_size(paths))
+    translator = Translator(slots) if loops is None else LoopTranslator(slots, loops)
     with ExitStack() as opened:
         spool: BinaryIO = opened.enter_context(tempfile.TemporaryFile(dir=output.parent))
         for path in paths:
@@ -103,7 +109,7 @@ def import_traces(
             opened.callback(source.file.close)
             done.kinds.append(source.kind)
             try:
-                for block in blocks(source, done.tally, salvage=salvage):
+                for block in blocks(source, done.tally, salvage=salvage, loops=loops):
                     _spool(spool, translator.feed(block), done)
             except CaptureError as error:
                 if not salvage:
@@ -115,6 +121,15 @@ def import_traces(
         done.doubts = _doubts(translator)
         _write(spool, output, _header(done, paths, slots), force)
     return done
+
+
+def _size(paths: Sequence[Path]) -> int:
+    """How many bytes the files have; a file that can't be read is told of later."""
+    size = 0
+    for path in paths:
+        with suppress(OSError):
+            size += path.stat().st_size
+    return size
 
 
 def _spool(spool: BinaryIO, events: NDArray[Any], done: Imported) -> None:

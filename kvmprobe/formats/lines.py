@@ -259,6 +259,9 @@ def _payload(
     good: NDArray[np.bool_],
 ) -> None:
     """Read what stands after the names of `rows` into `records`; marks those that are `good`."""
+    if tracepoint.point == Point.EMULATE:
+        end = text.end[heads.line[rows]]
+        records["note"][rows] = swar.starts_with(text.words, end - 7, b" failed")
     start = swar.skip(text.words, heads.name[rows] + heads.length[rows] + 1, _BLANK)
     for form in tracepoint.compiled:
         matched = _match(text, form, start, rows, records)
@@ -266,9 +269,6 @@ def _payload(
         if matched.all():
             break
         rows, start = rows[~matched], start[~matched]
-    if tracepoint.point == Point.EMULATE:
-        end = text.end[heads.line[rows]]
-        records["note"][rows] = swar.starts_with(text.words, end - 7, b" failed")
 
 
 def _match(

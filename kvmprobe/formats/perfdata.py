@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kvmprobe.errors import CaptureError
 from kvmprobe.formats import raw, swar
+from kvmprobe.formats.compiled import Loops, PerfLoop, PerfRead
 from kvmprobe.formats.records import RECORD, SHOWN, Block, Point, Tally
 
 MAGIC = b"PERFILE2"
@@ -27,7 +28,7 @@ _MAX_ATTRS = 1 << 14
 _MAX_TRACING = 256 << 20
 #: Records that wait to be put in order; a file that marks no rounds gets no more.
 _MOST_WAITING = 1 << 20
-_TRACING_DATA, _OSRELEASE = 1, 4
+_TRACING_DATA, _OSRELEASE, _COMPRESSED_DATA = 1, 4, 27
 _TRACEPOINT = 2
 _PAD = 64
 # Record types
@@ -74,11 +75,13 @@ def _form(kind: int) -> _Form:
 class PerfDataReader:
     """Reads a perf.data from a seekable file."""
 
-    def __init__(self, file: BinaryIO, tally: Tally, *, salvage: bool = False) -> None:
+    def __init__(
+        self, file: BinaryIO, tally: Tally, *, salvage: bool = False, loops: Loops | None = None
+    ) -> None:
         """Read the header.
 
         With `salvage` a file that ends early, or is damaged from some place on, gives what stands
-        before.
+        before.  With `loops` samples are read by them.
 
         Raises:
             UnsupportedError: perf itself can read it, this can't.
@@ -90,6 +93,7 @@ class PerfDataReader:
         self._salvage = salvage
         self._size = file.seek(0, 2)
         self._form, self._ids, self._formats, self._data = self._header()
+        self._loop = loops and PerfLoop(loops, self._formats, self._form, self._ids)
         self._waiting: list[NDArray[Any]] = []
         self._count = 0
         self._latest = 0
@@ -118,6 +122,8 @@ class PerfDataReader:
         features = head.number(8)
         if not 64 <= attr_size <= 4096 or attrs_size // attr_size > _MAX_ATTRS:
             raise CaptureError("attributes of impossible size at byte 16: damaged")
+        if features & 1 << _COMPRESSED_DATA:
+            raise UnsupportedError("compressed records")
         kinds, ids = self._attrs(attrs, attrs_size, attr_size)
         if len(kinds) != 1:
             raise UnsupportedError("samples of several forms")
@@ -212,14 +218,56 @@ class PerfDataReader:
         """Take in the whole records at the front of `data`; sets `_used` to their bytes."""
         padded = np.zeros(len(data) // 8 * 8 + _PAD, np.uint8)
         padded[: len(data) // 8 * 8] = np.frombuffer(data[: len(data) // 8 * 8], np.uint8)
-        words = padded.view("<u8")
-        slots = len(data) // 8
+        words, slots = padded.view("<u8"), len(data) // 8
+        read = self._loop or self._by_columns
+        found = read(words, slots, self._tally.systems)
+        self._used = found.end * 8
+        self._tally.read += found.samples
+        self._tally.not_understood(
+            found.short, [b"a sample too short for its format"] * min(found.short, SHOWN), ours=True
+        )
+        comms: dict[int, bytes] = {}
+        done = 0
+        for at, before, newest in found.others:
+            self._wait(found.records[done:before])
+            done = before
+            self._latest = max(self._latest, newest)
+            head = int(words[at])
+            body = padded[at * 8 : at * 8 + (head >> 48)]
+            self._other(head & 0xFFFFFFFF, body, offset + at * 8, comms)
+        self._wait(found.records[done:])
+        self._latest = max(self._latest, found.newest)
+        if found.end < slots:
+            length = int(words[found.end]) >> 48
+            if length < 8 or length % 8:
+                raise CaptureError(
+                    f"a record of {length} bytes at byte {offset + self._used}: damaged"
+                )
+        return comms
+
+    def _other(
+        self, kind: int, body: NDArray[np.uint8], offset: int, comms: dict[int, bytes]
+    ) -> None:
+        """Take in a record that is no sample of ours."""
+        if kind in (_COMPRESSED, _COMPRESSED_2, _AUXTRACE):
+            raise UnsupportedError("compressed or AUX records")
+        if kind == _COMM and len(body) >= 24:
+            tid = int.from_bytes(body[12:16].tobytes(), "little")
+            comms[tid] = body[16:32].tobytes().split(b"\0")[0]
+        elif kind in (_LOST, _LOST_SAMPLES):
+            self._wait(self._lost(body.tobytes(), kind))
+        elif kind == _ROUND:
+            self._round, self._next = self._next, self._latest
+        elif kind == _SAMPLE:
+            self._tally.not_understood(1, [f"a sample at byte {offset}".encode()], ours=True)
+
+    def _by_columns(self, words: NDArray[np.uint64], slots: int, systems: set[str]) -> PerfRead:
+        """Read records; `systems` gets those recorded whole."""
         sample, size = self._candidates(words, slots)
         # A run of samples ends where the next candidate isn't the next record.
         breaks = np.flatnonzero(sample[1:] != sample[:-1] + size[:-1])
         runs: list[tuple[int, int]] = []
-        comms: dict[int, bytes] = {}
-        others: list[tuple[int, NDArray[Any]]] = []
+        others: list[tuple[int, int]] = []  # word, runs before it
         at = 0
         while at < slots:
             i = int(np.searchsorted(sample, at))
@@ -229,32 +277,29 @@ class PerfDataReader:
                 runs.append((i, last + 1))
                 at = int(sample[last] + size[last])
                 continue
-            head = int(words[at])
-            kind, length = head & 0xFFFFFFFF, head >> 48
-            if length < 8 or length % 8:
-                self._used = at * 8
-                self._take(words, sample, size, runs, others)
-                raise CaptureError(f"a record of {length} bytes at byte {offset + at * 8}: damaged")
-            if at + length // 8 > slots:
+            length = int(words[at]) >> 48
+            if length < 8 or length % 8 or at + length // 8 > slots:
                 break
-            if kind in (_COMPRESSED, _COMPRESSED_2, _AUXTRACE):
-                raise UnsupportedError("compressed or AUX records")
-            body = padded[at * 8 : at * 8 + length].tobytes()
-            if kind == _COMM and length >= 24:
-                tid = int.from_bytes(body[12:16], "little")
-                comms[tid] = body[16:32].split(b"\0")[0]
-            elif kind in (_LOST, _LOST_SAMPLES):
-                others.append((len(runs), self._lost(body, kind)))
-            elif kind == _ROUND:
-                others.append((len(runs), np.empty(0, RECORD)))
-            elif kind == _SAMPLE:
-                self._tally.not_understood(
-                    1, [f"a sample at byte {offset + at * 8}".encode()], ours=True
-                )
+            others.append((at, len(runs)))
             at += length // 8
-        self._used = at * 8
-        self._take(words, sample, size, runs, others)
-        return comms
+        marks = np.concatenate([np.arange(a, b) for a, b in runs] or [np.empty(0, np.int64)])
+        ends = np.cumsum([0, *(b - a for a, b in runs)])
+        samples, good = self._samples(words, sample[marks] * 8, size[marks] * 8)
+        records, index, short = raw.columns(samples, self._formats, systems)
+        index = np.flatnonzero(good)[index]
+        newest = np.maximum.accumulate(words[sample[marks] + self._form.time // 8])
+        upto = [int(ends[before]) for _, before in others]
+        return PerfRead(
+            records,
+            [
+                (at, int(row), int(newest[marks_before - 1]) if marks_before else 0)
+                for (at, _), row, marks_before in zip(
+                    others, np.searchsorted(index, upto), upto, strict=True
+                )
+            ],
+            len(marks), len(marks) - int(good.sum()) + len(short),
+            int(newest[-1]) if len(newest) else 0, at,
+        )  # fmt: skip
 
     def _candidates(
         self, words: NDArray[np.uint64], slots: int
@@ -270,7 +315,7 @@ class PerfDataReader:
 
     def _lost(self, body: bytes, kind: int) -> NDArray[Any]:
         record = np.zeros(1, RECORD)
-        record["point"] = Point.LOST
+        record["point"], record["ts"] = Point.LOST, self._latest
         place = 16 if kind == _LOST else 8
         record["a"] = min(int.from_bytes(body[place : place + 8], "little"), 1 << 40)
         trailer = sum(8 for at in self._form[:4] if at >= 0)
@@ -278,42 +323,6 @@ class PerfDataReader:
             tail = body[-16:] if self._form.identifier >= 0 else body[-8:]
             record["cpu"] = int.from_bytes(tail[:2], "little")
         return record
-
-    def _take(
-        self,
-        words: NDArray[np.uint64],
-        sample: NDArray[np.int64],
-        size: NDArray[np.int64],
-        runs: list[tuple[int, int]],
-        others: list[tuple[int, NDArray[Any]]],
-    ) -> None:
-        """Turn the runs of samples into records; `others` are losses and rounds between runs."""
-        marks = np.concatenate([np.arange(a, b) for a, b in runs] or [np.empty(0, np.int64)])
-        ends = np.cumsum([0, *(b - a for a, b in runs)])
-        samples, good = self._samples(words, sample[marks] * 8, size[marks] * 8)
-        self._tally.read += len(marks)
-        records, index, short = raw.columns(samples, self._formats, self._tally.systems)
-        count = len(marks) - int(good.sum()) + len(short)
-        self._tally.not_understood(
-            count, [b"a sample too short for its format"] * min(count, SHOWN), ours=True
-        )
-        index = np.flatnonzero(good)[index]
-        ts = words[sample[marks] + self._form.time // 8]
-        before = 0
-        for run, record in others:
-            upto = int(ends[run])
-            row = int(np.searchsorted(index, upto))
-            self._wait(records[before:row])
-            before = row
-            newest = int(ts[:upto].max()) if upto else 0
-            self._latest = max(self._latest, newest)
-            if len(record):
-                record["ts"] = self._latest
-                self._wait(record)
-            else:
-                self._round, self._next = self._next, self._latest
-        self._wait(records[before:])
-        self._latest = max(self._latest, int(ts.max()) if len(ts) else 0)
 
     def _samples(
         self, words: NDArray[np.uint64], at: NDArray[np.int64], size: NDArray[np.int64]
@@ -350,7 +359,9 @@ class PerfDataReader:
         if upto is not None and self._count <= _MOST_WAITING and not self._round:
             return np.empty(0, RECORD)
         waiting = np.concatenate([np.empty(0, RECORD), *self._waiting])
-        waiting = waiting[np.argsort(waiting["ts"], kind="stable")]
+        times = waiting["ts"].copy()
+        if (times[1:] < times[:-1]).any():
+            waiting = waiting[np.argsort(times, kind="stable")]
         cut = len(waiting)
         if upto is not None:
             cut = int(np.searchsorted(waiting["ts"], np.uint64(upto), side="right"))

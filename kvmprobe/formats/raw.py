@@ -8,6 +8,7 @@ is known beforehand: fields are found by name.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +22,12 @@ from kvmprobe.formats.records import NO_VCPU, RECORD, Point
 #: No format of a tracepoint, and no list of them, is longer.
 MAX_FORMAT = 1 << 20
 _NAME = re.compile(rb"^name: (\S+)\s*\nID: (\d{1,5})\s*\n")
-_FIELD = re.compile(
-    rb"^\tfield:[^;\n]*?(\w+)(?:\[\d*\])?;\toffset:(\d{1,5});\tsize:(\d{1,5});", re.M
-)
+
+
+@cache
+def _field(name: str) -> re.Pattern[bytes]:
+    """The line of a format that describes a field."""
+    return re.compile(rb"[ *]%s(?:\[\d*\])?;\toffset:(\d{1,5});\tsize:(\d{1,5});" % name.encode())
 
 
 class Field(NamedTuple):
@@ -34,7 +38,7 @@ class Field(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A tracepoint's record: which of ours it is, and its fields by name."""
+    """A tracepoint's record: which of ours it is, and the fields that are read, by name."""
 
     tracepoint: Tracepoint
     fields: dict[str, Field]
@@ -61,9 +65,10 @@ class Formats:
         tracepoint = BY_NAME.get(name)
         if tracepoint is not None:
             head = text.partition(b"\nprint fmt:")[0]
-            fields = {
-                f[1].decode("latin-1"): Field(int(f[2]), int(f[3])) for f in _FIELD.finditer(head)
-            }
+            fields = {}
+            for field in (*(field for _, field in tracepoint.fields), "len"):
+                if m := _field(field).search(head):
+                    fields[field] = Field(int(m[1]), int(m[2]))
             self.layouts[number] = Layout(tracepoint, fields)
 
 
@@ -142,7 +147,7 @@ def _read(
             records["note"] |= ((value & np.uint64(3)) << shift).astype(np.uint8)
         else:
             records[into] = value
-    if layout.tracepoint.point == Point.SPTE_CHANGED:
+    if layout.tracepoint.point in (Point.SPTE_CHANGED, Point.SMM):
         records["note"] &= 1
     return records, good
 

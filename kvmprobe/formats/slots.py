@@ -110,6 +110,12 @@ class Presumed:
         at = np.minimum(np.searchsorted(self._gfns, gfn), len(self._gfns) - 1)
         return np.where(self._gfns[at] == gfn, at, -1)
 
+    def table(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """The pages presumed: gfns, sorted; and of each (slot id, first byte, pages, 1: stated)."""
+        slots = [self._slots[number] for number in self._slot_of.tolist()]
+        about = [(slot.id, slot.base, slot.pages, slot.stated) for slot in slots]
+        return self._gfns, np.array(about, np.uint64)
+
     def learn(self, records: NDArray[Any], vm: NDArray[np.int64], when: NDArray[np.int64]) -> None:
         """Take in what a batch shows of the pages.
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kvmprobe.errors import CaptureError
 from kvmprobe.formats import raw, swar
+from kvmprobe.formats.compiled import Loops, PagesLoop
 from kvmprobe.formats.merge import merge
 from kvmprobe.formats.records import RECORD, SHOWN, Block, Point, Tally
 from kvmprobe.formats.tracedat_header import CpuData, chunks, read_header
@@ -99,17 +100,20 @@ def decode(words: swar.U64, pages: int, page: int) -> tuple[_Decoded, NDArray[np
 class TraceDatReader:
     """Reads a trace.dat from a seekable file."""
 
-    def __init__(self, file: BinaryIO, tally: Tally, *, salvage: bool = False) -> None:
+    def __init__(
+        self, file: BinaryIO, tally: Tally, *, salvage: bool = False, loops: Loops | None = None
+    ) -> None:
         """Read the header; raises CaptureError that names the offset of what is wrong.
 
         With `salvage` damaged pages are counted as not understood and a file that ends early gives
-        what is there; without it both are errors.
+        what is there; without it both are errors.  With `loops` pages are read by them.
         """
         self._file = file
         self._tally = tally
         self._salvage = salvage
         self._header = read_header(file)
         tally.kernel = self._header.kernel
+        self._loop = loops and PagesLoop(loops, self._header.formats, self._header.tgids)
         self._stored: dict[int, int] = {}
         #: Why the file ends early, if it does.
         self.ended: CaptureError | None = None
@@ -142,27 +146,40 @@ class TraceDatReader:
         padded[: len(pages)] = np.frombuffer(pages, np.uint8)
         words = swar.words(padded)
         count = len(pages) // data.page
-        events, bad = decode(words, count, data.page)
+        read = self._loop or self._by_columns
+        records, at, bad, events, short = read(
+            padded, count, data.page, data.cpu & 0xFFFF, self._tally.systems
+        )
         if len(bad):
-            place = f"chunk at {offset}" if data.compressed else f"byte {offset + int(bad[0])}"
+            place = f"chunk at {offset}" if data.compressed else f"byte {offset + int(bad.min())}"
             what = f"CPU {data.cpu}: a ring-buffer page is damaged ({place})"
             if not self._salvage:
                 raise CaptureError(what)
             self._tally.not_understood(len(bad), [what.encode()], ours=True)
+        self._tally.read += events
+        self._tally.not_understood(
+            short,
+            [f"CPU {data.cpu}: a record too short for its format".encode()] * min(short, SHOWN),
+            ours=True,
+        )
+        return self._with_losses(records, at, words, count, data)
+
+    def _by_columns(
+        self, padded: NDArray[np.uint8], pages: int, page: int, cpu: int, systems: set[str]
+    ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64], int, int]:
+        """Read pages: the records, where their data begin, damaged places, events, those too short.
+
+        `systems` gets those recorded whole.
+        """
+        words = swar.words(padded)
+        events, bad = decode(words, pages, page)
         tid = (words[events.at] >> np.uint64(32)).astype(np.uint32)
         samples = raw.Samples(
             words, events.at, events.size, events.ts, tid, self._tgids(tid),
-            np.full(len(tid), data.cpu & 0xFFFF, np.uint16),
+            np.full(len(tid), cpu, np.uint16),
         )  # fmt: skip
-        self._tally.read += len(tid)
-        records, index, short = raw.columns(samples, self._header.formats, self._tally.systems)
-        self._tally.not_understood(
-            len(short),
-            [f"CPU {data.cpu}: a record too short for its format".encode()]
-            * min(len(short), SHOWN),
-            ours=True,
-        )
-        return self._with_losses(records, events.at[index], words, count, data)
+        records, index, short = raw.columns(samples, self._header.formats, systems)
+        return records, events.at[index], bad, len(tid), len(short)
 
     def _tgids(self, tid: NDArray[np.uint32]) -> NDArray[np.uint32]:
         if not self._header.tgids:
