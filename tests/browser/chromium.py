@@ -17,11 +17,10 @@ ROOT = Path(__file__).parents[2]
 FAULT = ROOT / "tests/data/golden/lab-6.1-intel.kvmprobe"
 
 
-def missing() -> str | None:
-    """What is not installed; None: all is."""
-    lacking = [
-        name for name in ("chromium", "chromedriver", "pngquant") if shutil.which(name) is None
-    ]
+def missing(*more: str) -> str | None:
+    """Say what of the browser, and of `more` commands, is not installed; None: all is."""
+    wanted = ("chromium", "chromedriver", *more)
+    lacking = [name for name in wanted if shutil.which(name) is None]
     return f"not installed: {', '.join(lacking)}" if lacking else None
 
 
