@@ -16,6 +16,7 @@ import gzip
 import io
 import lzma
 import os
+import random
 import resource
 import signal
 import sys
@@ -23,8 +24,6 @@ import time
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from kvmprobe.errors import CaptureError
 from kvmprobe.formats.compiled import Loops, loops
@@ -73,13 +72,14 @@ def _body(kind: str) -> tuple[int, int]:
 
 def damaged(kind: str, seed: int) -> bytes:
     """One damaged trace; equal for equal seeds."""
-    rng = np.random.default_rng([KINDS.index(kind), seed])
+    rng = random.Random(seed << 4 | KINDS.index(kind))
     data = bytearray(base(kind))
     binary = kind not in KINDS[:2]
     begin, end = _body(kind)
     # A binary file whose bytes moved is soon refused: mostly they stay in place.
     ways = (0, 1, 1, 2, 2, 2, 3, 4, 5, 5, 6) if binary else range(8)
-    for draw in rng.integers(0, 1 << 62, (int(rng.integers(1, 5 if binary else 9)), 4)).tolist():
+    for _ in range(rng.randint(1, 4 if binary else 8)):
+        draw = [rng.getrandbits(62) for _ in range(4)]
         if not data:
             break
         what, at, size = ways[draw[0] % len(ways)], draw[1] % len(data), 1 + draw[2] % 200
@@ -99,7 +99,7 @@ def damaged(kind: str, seed: int) -> bytes:
         elif what == 4:
             data[at:at] = data[at : at + size]
         elif what == 5:
-            data[at : at + size] = rng.bytes(size)
+            data[at : at + size] = rng.randbytes(size)
         elif what == 6:
             other = draw[3] % len(data)
             data[at:at] = data[other : other + size]

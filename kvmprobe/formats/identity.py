@@ -193,9 +193,11 @@ class Identity:
 
 
 def _told(births: list[tuple[np.void, int, int]]) -> Births:
-    places = np.array([at for _, _, at in births], np.int64)
-    rows = np.array([row for _, row, _ in births], np.int64)
-    return Births(np.array([event for event, _, _ in births], EVENT), rows, places)
+    events = np.empty(len(births), EVENT)
+    for i, (event, _, _) in enumerate(births):
+        events[i] = event
+    rows, places = (np.array([birth[i] for birth in births], np.int64) for i in (1, 2))
+    return Births(events, rows, places)
 
 
 def _kind(comm: bytes) -> bytes:

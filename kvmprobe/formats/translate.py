@@ -147,7 +147,10 @@ class Translator:
 
     def _doubt(self, events: NDArray[Any]) -> None:
         """Count what rests on nothing but a well-known address."""
-        doubt = events[(events["flags"] & _UNSHOWN) == _UNSHOWN]
+        unshown = (events["flags"] & _UNSHOWN) == _UNSHOWN
+        if not unshown.any():
+            return
+        doubt = events[unshown]
         level = doubt["flags"] & _LEVEL
         kind = doubt["type"]
         noslot = (kind == Type.FAULTIN) & (doubt["kind"] == FaultinResult.NOSLOT)
@@ -251,8 +254,10 @@ def _decided(records: NDArray[Any]) -> int:
     """How many records can be told now: up to an MMIO access whose exit may still come."""
     begin = max(0, len(records) - WINDOW)
     tail = records[begin:]
-    rows = np.flatnonzero(np.isin(tail["point"], (Point.MMIO, Point.USERSPACE_EXIT, Point.ENTRY)))
-    rows = rows[::-1]
+    point = tail["point"]
+    if not (point == Point.MMIO).any():
+        return len(records)
+    rows = np.flatnonzero(np.isin(point, (Point.MMIO, Point.USERSPACE_EXIT, Point.ENTRY)))[::-1]
     _, newest = np.unique(tail["tid"][rows], return_index=True)
     newest = rows[newest]
     waits = newest[tail["point"][newest] == Point.MMIO]
