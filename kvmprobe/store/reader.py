@@ -7,7 +7,9 @@ import json
 import os
 import stat
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +31,8 @@ _KNOWN_TYPES = np.zeros(256, bool)
 _KNOWN_TYPES[list(schema.Type)] = True
 #: Read at once at a message's begin: its framing and, nearly always, all of its metadata.
 _HEAD = 4096
+#: Threads that decode, and batches that are decoded ahead.
+_DECODERS = min(2, os.cpu_count() or 1)
 #: Searching for the next whole batch after damage.
 _WINDOW = 1 << 22
 #: So much is looked at in one iteration; beyond that, somebody made the file so.
@@ -83,7 +87,7 @@ class _CutError(Exception):
 
 
 class CaptureReader:
-    """A capture opened for reading: a context.  Memory is bounded by one batch.
+    """A capture opened for reading: a context.  Memory is bounded by a few batches.
 
     After an iteration over `batches` or `infos` came to its end, `damaged` lists what was refused,
     `truncated` says whether the file was cut (None: it was not), and `unknown_events` counts the
@@ -156,26 +160,45 @@ class CaptureReader:
     def _decode(
         self, batches: Iterator[Batch], names: tuple[str, ...]
     ) -> Iterator[dict[str, NDArray[Any]]]:
+        # Checksums and lz4 run outside the interpreter's lock: a few batches are decoded ahead.
+        ahead: deque[tuple[Batch, Future[dict[str, NDArray[Any]]]]] = deque()
+        with ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode") as pool:
+            for batch in batches:
+                ahead.append((batch, pool.submit(self._columns, batch, names)))
+                if len(ahead) > _DECODERS:
+                    yield from self._finish(*ahead.popleft(), names)
+            while ahead:
+                yield from self._finish(*ahead.popleft(), names)
+
+    def _columns(self, batch: Batch, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        """Decode a batch; raises MalformedError."""
         import pyarrow as pa
 
         codec = pa.Codec("lz4")
-        for batch in batches:
-            try:
-                types = self._column(codec, batch, "type")
-                columns = {
-                    name: types if name == "type" else self._column(codec, batch, name)
-                    for name in names
-                }
-            except MalformedError as e:
+        return {
+            name: self._column(codec, batch, name)
+            for name in {"type": None, **dict.fromkeys(names)}
+        }
+
+    def _finish(
+        self, batch: Batch, decoded: Future[dict[str, NDArray[Any]]], names: tuple[str, ...]
+    ) -> Iterator[dict[str, NDArray[Any]]]:
+        """Give a decoded batch, without events of unknown types, unless it is damaged."""
+        try:
+            columns = decoded.result()
+        except MalformedError as e:
+            if len(self.damaged) < _MAX_DAMAGES:
                 self.damaged.append(Damage(batch.index, batch.events, batch.offset, str(e)))
-                continue
-            known = _KNOWN_TYPES[types]
-            if not known.all():
-                for value, count in zip(*np.unique(types[~known], return_counts=True), strict=True):
-                    before = self.unknown_events.get(int(value), 0)
-                    self.unknown_events[int(value)] = before + int(count)
-                columns = {name: column[known] for name, column in columns.items()}
-            yield columns
+                self.damaged.sort(key=lambda damage: damage.offset)
+            return
+        types = columns["type"]
+        known = _KNOWN_TYPES[types]
+        if not known.all():
+            for value, count in zip(*np.unique(types[~known], return_counts=True), strict=True):
+                before = self.unknown_events.get(int(value), 0)
+                self.unknown_events[int(value)] = before + int(count)
+            columns = {name: column[known] for name, column in columns.items()}
+        yield {name: columns[name] for name in names}
 
     def _column(self, codec: pyarrow.Codec, batch: Batch, name: str) -> NDArray[Any]:
         """Decode one column and check it; raises MalformedError."""

@@ -3,12 +3,14 @@
 
     python -m tests.model.campaign --runs 1000000 --seed 1 --jobs 2
 
-Run number n of seed s is Random(f"{s}:{n}"), so that each run can be made again by itself.
+Ctrl-C ends it and tells of what was done.  Run number n of seed s is Random(f"{s}:{n}"), so that
+each run can be made again by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections import Counter
@@ -181,12 +183,16 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     tally, begin = Tally(), time.monotonic()
-    with Pool(args.jobs) as pool:
+    with Pool(args.jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         jobs = _jobs(args.seed, args.runs, args.actions, args.first)
-        for part in pool.imap_unordered(_part, jobs):
-            tally.add(part)
-            for line in part.wrong:
-                print(line, flush=True)
+        try:
+            for part in pool.imap(_part, jobs):
+                tally.add(part)
+                for line in part.wrong:
+                    print(line, flush=True)
+        except KeyboardInterrupt:
+            pool.terminate()
+            print("interrupted")
     seconds = time.monotonic() - begin
     print(f"seed {args.seed}, runs {args.first} to {args.first + tally.runs - 1}")
     print(f"{tally.events:,} events, {len(tally.wrong)} wrong, {seconds:.0f} s")
