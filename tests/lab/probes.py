@@ -61,8 +61,12 @@ def script(check: str, vendor: str) -> str:
         return (
             f"{_INSIDE} second-tool & tool=$!\n"
             "while [ ! -e /tmp/second-tool ] && kill -0 $tool; do sleep 1; done\n"
-            + _record("second-tool", "--backend kprobe", f"sh -c 'touch /tmp/go; exec {load}'")
-            + "touch /tmp/over; wait $tool\n"
+            + _record(
+                "second-tool",
+                "--backend kprobe",
+                f"sh -c 'touch /tmp/go; {load}; touch /tmp/over'",
+            )
+            + "wait $tool\n"
         )
     return "".join(f"{_INSIDE} again {TIMES} {backend}\n" for backend in BACKENDS)
 
