@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmprobe.analysis.judge import Judge
+from kvmprobe.capture.backlog import Backlog
 from kvmprobe.capture.header import live_header
 from kvmprobe.capture.session import MAX_TICK, Filters, Session
-from kvmprobe.probes.schema import LifecycleChange, Type, columns
+from kvmprobe.probes.schema import EVENT, LifecycleChange, Type, columns
 from kvmprobe.store.writer import CaptureWriter
 
 #: Default of --max-size, bytes.
@@ -58,12 +59,15 @@ class Recorder:
         """Connect an attached session with a fresh writer."""
         self._session = session
         self._writer = writer
+        self._backlog = Backlog(writer)
         self._limits = limits
         self._directory = Path(writer.path).absolute().parent
         self._disk_checked = 0.0
         self._started: float | None = None
         self.judge = Judge(session.plan.rows(), from_first=True)
         self.progress = Progress()
+        #: What the last drain gave, dtype `EVENT`.
+        self.rows: NDArray[Any] = np.empty(0, EVENT)
 
     def start(self) -> None:
         """Wake the probes."""
@@ -84,23 +88,26 @@ class Recorder:
             raise RuntimeError("the recorder is not started")
         started = self._started
         reason = None
-        try:
-            while reason is None:
-                time.sleep(self._session.tick)
-                self._take(self._session.drain())
-                self.progress.seconds = time.monotonic() - started
-                reason = stopped() or self._limit()
-                show()
-        finally:
-            rest = self._session.stop()
-        self._take(rest)
-        self.progress.seconds = time.monotonic() - started
+        with self._backlog:
+            try:
+                while reason is None:
+                    time.sleep(self._session.tick)
+                    self._take(self._session.drain())
+                    self.progress.seconds = time.monotonic() - started
+                    reason = stopped() or self._limit()
+                    show()
+            finally:
+                rest = self._session.stop()
+            self._take(rest)
+            self.progress.seconds = time.monotonic() - started
+        self.progress.bytes = self._writer.bytes_written
         return reason
 
     def _take(self, rows: NDArray[Any]) -> None:
+        self.rows = rows
         progress = self.progress
         if len(rows):
-            self._writer.write(rows)
+            rows = self.rows = self._backlog.put(rows)
             losses = rows[rows["type"] == Type.LOSS]
             progress.lost += int(losses["addr"].sum())
             progress.events += len(rows) - len(losses)
