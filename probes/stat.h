@@ -184,8 +184,7 @@ static __always_inline void add_to_row(const struct stat_key *key, u64 n, int ti
 		row->max = ns;
 	row->timed++;
 	row->total += ns;
-	if (bucket < BUCKETS)
-		row->histogram[bucket]++;
+	row->histogram[bucket & (BUCKETS - 1)]++;
 }
 
 /* Start a key of what happens on a thread's vCPU. */

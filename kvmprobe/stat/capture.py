@@ -66,7 +66,13 @@ class _Capture:
         self._offset = max(counted.vms, default=0)
         self._names = VmNames()
         self._filler: dict[int, int] = {}
-        self._faults = FaultResults(intel=reader.header["host"]["vendor"] == "intel")
+        self._faults = FaultResults(
+            at_exit=any(
+                row["attached"] and row["site"] == Site.PAGE_FAULT.name
+                for row in reader.header["plan"]
+            ),
+            intel=reader.header["host"]["vendor"] == "intel",
+        )
         self._generations: dict[tuple[int, int], tuple[int, int]] = {}
         self._spaces = 1
 

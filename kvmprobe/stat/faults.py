@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmprobe.probes.schema import Columns, FaultinResult, Flag, Site, Type
+from kvmprobe.probes.schema import Columns, FaultinResult, Flag, Type
 from kvmprobe.stat.model import Fault, Result, result_of
 
 #: Bit of PFERR_RSVD_MASK in an error code.
@@ -29,21 +29,23 @@ class FaultResults:
     belongs to it, until the vCPU's next.
     """
 
-    def __init__(self, *, intel: bool) -> None:
-        """`intel`: kvm_page_fault gives an exit qualification, in which bit 3 is not RSVD."""
-        self._intel = intel
+    def __init__(self, *, at_exit: bool, intel: bool) -> None:
+        """Begin.
+
+        Args:
+            at_exit: FAULTs are kvm_mmu_page_fault()'s, and not the tracepoint's.
+            intel: kvm_page_fault gives an exit qualification, in which bit 3 is not RSVD.
+
+        """
+        self._at_exit, self._intel = at_exit, intel
         self._rows = np.zeros(0, _ROW)
-        self._function = False
 
     def take(self, columns: Columns, ident: NDArray[np.uint64], levels: NDArray[Any]) -> Found:
         """Count one batch's faults; those that may go on in the next are kept for it."""
         types, kinds = columns["type"], columns["kind"]
         fault, faultin = types == Type.FAULT, types == Type.FAULTIN
         emulate = (types == Type.EMULATE) & ((columns["flags"] & np.uint32(Flag.FAILED)) == 0)
-        at_exit = columns["site"] == Site.PAGE_FAULT
-        if not self._function and (fault & at_exit).any():
-            self._function = True
-        rsvd = fault & ((columns["value"] & _RSVD) != 0) & (at_exit | (not self._intel))
+        rsvd = fault & ((columns["value"] & _RSVD) != 0) & (self._at_exit or not self._intel)
         bits = np.zeros(len(types), np.uint8)
         bits[fault] = Fault.SEEN
         bits[rsvd] = Fault.SEEN | Fault.RSVD
@@ -57,12 +59,12 @@ class FaultResults:
         rows["bits"] = bits[chosen]
         rows = np.concatenate([self._rows, rows])
         rows = rows[np.argsort(rows["ident"], kind="stable")]
-        return self._before(rows) if self._function else self._behind(rows)
+        return self._before(rows) if self._at_exit else self._behind(rows)
 
     def rest(self) -> Found:
         """Count the faults that were kept, at the end of the capture."""
         found: Found = Counter()
-        if not self._function:
+        if not self._at_exit:
             found.update(_key(row, int(row["bits"])) for row in self._rows)
         self._rows = self._rows[:0]
         return found

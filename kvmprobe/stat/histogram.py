@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-#: 8 buckets of 32 ns up to 256 ns, then 8 to each of 30 powers of two: up to 275 s.
-BUCKETS = 248
+#: 8 buckets of 32 ns up to 256 ns, then 8 to each of 31 powers of two: up to 550 s.  A power of
+#: two, so that a mask is enough for the kernel's verifier.
+BUCKETS = 256
 _STEPS = 8
 _FIRST_POWER = 8
 

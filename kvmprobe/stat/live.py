@@ -138,8 +138,7 @@ class _StatProgram(Program):
     def totals(self) -> NDArray[Any]:
         """The totals, one a CPU."""
         table = self._bpf[b"totals"]
-        dtype = np.dtype(table.Leaf)
-        values = np.zeros(self._cpus, dtype)
+        values = np.zeros(self._cpus, np.dtype(table.sLeaf))
         key = ctypes.c_int(0)
         if self._bcc.lib.bpf_lookup_elem(
             table.map_fd, ctypes.byref(key), ctypes.c_void_p(values.ctypes.data)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +10,26 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from kvmprobe.probes.schema import (
     NO_VCPU,
     SLOT_TSS,
-    Columns,
     FaultinResult,
     Flag,
     MmioType,
     Site,
     SpteChange,
     Type,
-    columns,
 )
 from kvmprobe.stat import capture
 from kvmprobe.stat.capture import count_captures
 from kvmprobe.stat.model import SLOT_HOLE, SLOT_UNKNOWN, Counted, Fill, Key, Result, Table
 from kvmprobe.store.reader import CaptureReader
+from tests.batches import Batches
 from tests.streams import L1, L2, UNKNOWN, ev, interleave, kept, noslot, stream, vcpu_streams
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/lab-6.1-amd-all.kvmprobe"
 RSVD = 8
-
-
-@dataclass
-class Batches:
-    """Events in memory, read like a capture."""
-
-    rows: NDArray[Any]
-    cuts: Sequence[int] = ()
-    vendor: str = "amd"
-    path: str = "made by hand"
-    truncated: str | None = None
-    damaged: Sequence[object] = ()
-    unknown_events: Mapping[int, int] = field(default_factory=dict)
-
-    @property
-    def header(self) -> Mapping[str, Any]:
-        return {"host": {"vendor": self.vendor}}
-
-    def batches(self, names: Sequence[str] | None = None) -> Iterator[Columns]:
-        for part in np.split(self.rows, sorted(self.cuts)):
-            yield columns(part)
 
 
 def count(events: list[dict[str, Any]], **options: Any) -> dict[Key, int]:  # noqa: ANN401
@@ -79,6 +54,7 @@ def at_start(error: int = 0) -> dict[str, Any]:
     return ev(Type.FAULT, L1, value=error, site=Site.PAGE_FAULT_TP, slot=-1)
 
 
+AT_START: dict[str, Any] = {"fault_site": Site.PAGE_FAULT_TP}
 EMULATE = ev(Type.EMULATE, L1, slot=-1)
 ERROR = ev(Type.FAULTIN, L1, slot=-1, kind=FaultinResult.ERROR)
 
@@ -99,16 +75,16 @@ def test_fault_results(before: list[dict[str, Any]], error: int, result: Result)
     expected = {Key(Table.FAULT, 1, 0, 1, a=result): 1}
     long = 1000 * len(before) + 500
     assert only(count([EMULATE, *before, at_exit(long, error)]), Table.FAULT) == expected
-    assert only(count([EMULATE, at_start(error), *before]), Table.FAULT) == expected
+    assert only(count([EMULATE, at_start(error), *before], **AT_START), Table.FAULT) == expected
 
 
 def test_a_qualification_has_no_rsvd_bit() -> None:
-    found = count([at_start(RSVD), EMULATE], vendor="intel")
+    found = count([at_start(RSVD), EMULATE], vendor="intel", **AT_START)
     assert only(found, Table.FAULT) == {Key(Table.FAULT, 1, 0, 1, a=Result.EMULATED): 1}
 
 
 def test_each_fault_has_its_own() -> None:
-    found = count([at_start(), kept(L1), at_start(), noslot(L1), EMULATE, at_start()])
+    found = count([at_start(), kept(L1), at_start(), noslot(L1), EMULATE, at_start()], **AT_START)
     results = [Result.FIXED, Result.NO_SLOT, Result.RETRY]
     assert only(found, Table.FAULT) == {Key(Table.FAULT, 1, 0, 1, a=r): 1 for r in results}
 
@@ -181,14 +157,11 @@ def test_the_rest() -> None:
 def test_cuts_change_nothing(
     streams: list[list[dict[str, Any]]], seed: int, cuts: list[int], start: bool
 ) -> None:
-    events = interleave(streams, seed)
-    if start:
-        events = [
-            e | {"site": Site.PAGE_FAULT_TP} if e["type"] == Type.FAULT else e for e in events
-        ]
-    rows = stream(events)
-    whole = count_captures([Batches(rows)])
-    parts = count_captures([Batches(rows, [cut for cut in cuts if cut < len(rows)])])
+    rows = stream(interleave(streams, seed))
+    site = Site.PAGE_FAULT_TP if start else Site.PAGE_FAULT
+    whole = count_captures([Batches(rows, fault_site=site)])
+    cuts = [cut for cut in cuts if cut < len(rows)]
+    parts = count_captures([Batches(rows, cuts, fault_site=site)])
     assert counts(whole) == counts(parts)
     assert whole.lost == parts.lost
 
