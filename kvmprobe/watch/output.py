@@ -136,7 +136,7 @@ class Notify:
         self._address = os.environ.get("NOTIFY_SOCKET", "")
         watchdog = os.environ.get("WATCHDOG_USEC", "")
         wanted = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self._every = int(watchdog) / 2e6 if watchdog.isdecimal() and wanted else None
+        self._every = int(watchdog) / 3e6 if watchdog.isdecimal() and wanted else None
         self._pinged = 0.0
 
     def send(self, *assignments: str) -> None:
@@ -158,7 +158,7 @@ class Notify:
     def alive(self) -> None:
         """Say that the service works, if it is time to."""
         now = time.monotonic()
-        if self._every is not None and now - self._pinged >= self._every / 2:
+        if self._every is not None and now - self._pinged >= self._every:
             self._pinged = now
             self.send("WATCHDOG=1")
 
