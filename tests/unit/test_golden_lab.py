@@ -45,7 +45,9 @@ def test_each_vm_has_the_findings_of_its_scenario_and_no_other(stem: str) -> Non
 @pytest.mark.parametrize("stem", CAPTURES)
 def test_the_verdict_is_what_is_known_of_the_kernel(stem: str) -> None:
     about, document = CAPTURES[stem], analysis_of(stem)
-    known = {BY_VM[vm].verdict(about["kernel"]) for vm in about["vms"]} - {NOT_EXERCISED}
+    known = {BY_VM[vm].verdict(about["kernel"]) for vm in about["vms"]}
+    if len(known) > 1:
+        known -= {NOT_EXERCISED}
     assert {document["verdicts"][FAULT]["verdict"]} == known
     assert document["lost"] == 0
 
