@@ -29,6 +29,7 @@ GOLDEN = Path(__file__).parents[1] / "data/golden"
 CAPTURES = {
     "siblings-6.12.107": "linux-image-6.12.107+deb13-amd64",
     "siblings-6.12.117": "linux-image-6.12.117+deb13-amd64",
+    "siblings-6.12.74": "linux-image-6.12.74+deb12-amd64",
     "siblings-6.18.12": "linux-image-6.18.12+deb13-amd64",
     "siblings-7.2.13": "linux-image-7.2.13+deb14-amd64",
 }
