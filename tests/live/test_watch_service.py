@@ -19,7 +19,6 @@ import pytest
 from kvmprobe.errors import GuestError
 from kvmprobe.guests import kvm
 from kvmprobe.watch.status import Status
-
 from tests.soak import soak
 from tests.watched import LOAD, PATIENCE, ROOT, Watch, left_behind, programs_of
 
