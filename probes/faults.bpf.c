@@ -157,11 +157,16 @@ static __always_inline int on_page_fault_tp(struct now *n, u64 vcpu, u64 addr, u
 	return 0;
 }
 
-static __always_inline u8 faultin_result(u64 pfn)
+/*
+ * `ret`: what the faultin function returned, 0 (RET_PF_CONTINUE) where it goes on.  A fault that is to be
+ * retried may have no pfn yet, and before v6.10 that reads as 0 (kvm_faultin_pfn() of v6.9 looks for a
+ * running invalidation before it hides a slot from L2): no pfn was found.
+ */
+static __always_inline u8 faultin_result(u64 pfn, s32 ret)
 {
 	if (pfn & PFN_NOSLOT)
 		return KVMPROBE_FAULTIN_NOSLOT;
-	return pfn & PFN_ERROR ? KVMPROBE_FAULTIN_ERROR : KVMPROBE_FAULTIN_KEPT;
+	return ret || pfn & PFN_ERROR ? KVMPROBE_FAULTIN_ERROR : KVMPROBE_FAULTIN_KEPT;
 }
 
 /*
@@ -220,7 +225,7 @@ static __always_inline void on_faultin_exit(struct now *n, s32 ret)
 	e->aux = (u32)ret;
 	e->slot = thread->faultin_slot;
 	e->flags |= thread->faultin_flags;
-	e->kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, KVMPROBE_FAULTIN));
+	e->kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, KVMPROBE_FAULTIN), ret);
 }
 
 /* Tracepoint kvm_mmu_spte_requested(fault): after the faultin function, for faults that go on. */
@@ -236,7 +241,7 @@ static __always_inline void on_spte_requested(struct now *n, u64 fault)
 	slot = read_u64(fault + OFF_FAULT_SLOT, KVMPROBE_FAULTIN);
 	e = begin(n->st, KVMPROBE_FAULTIN, KVMPROBE_AT_SPTE_REQUESTED);
 	e->addr = gfn << 12;
-	e->kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, KVMPROBE_FAULTIN));
+	e->kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, KVMPROBE_FAULTIN), 0);
 	if (slot) {
 		read_slot(&s, slot, KVMPROBE_FAULTIN);
 		e->slot = s.id;

@@ -89,6 +89,7 @@ class Fate:
     stale: bool = False  # the first fault is retried after its fill: mmu_lock was lost
     device: bool = False  # a device in the kernel answers
     poisoned: bool = False  # the memory behind the slot can't be accessed
+    invalidated: bool = False  # the first fault on memory is retried: its mapping changes (v6.9)
 
 
 #: Nothing else happens.
@@ -254,7 +255,7 @@ class Vcpu:
             self.leave()
             if tries == 2:
                 self.vm.settle()  # a guest that waits for a memslot change
-            fate = replace(fate, stale=False)
+            fate = replace(fate, stale=False, invalidated=False)
             self.enter()
         raise AssertionError(f"the guest gets nowhere at {gva:#x}")
 
@@ -325,7 +326,7 @@ class Vcpu:
         trace.faultin_entry(self, gfn, found)
         self.vm.preempt()
         pfn, ret = kind.first_pfn, Ret.CONTINUE
-        if slot is not None and slot.invalid:
+        if slot is not None and (slot.invalid or fate.invalidated):
             ret = Ret.RETRY
         elif slot is not None and slot.id == SLOT_APIC and not self.l2 and not self.vm.apicv:
             ret = Ret.EMULATE
@@ -338,7 +339,8 @@ class Vcpu:
         else:
             pfn = gfn
         trace.faultin_exit(self, gfn, pfn, ret.value)
-        self.vm.truth.resolved(self, gfn, found, pfn)
+        if ret is not Ret.RETRY:
+            self.vm.truth.resolved(self, gfn, found, pfn)
         if ret is not Ret.CONTINUE:
             return ret
         writable = self.walk(addr)[1] if not (self.direct or self.mmu_is_nested) else True

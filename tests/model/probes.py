@@ -451,7 +451,7 @@ class Probes:
         row.flags |= slot_flags(slot)
         if slot:
             row.slot, row.value, row.gen = slot.id, slot.base << 12, slot.pages
-        error = FaultinResult.ERROR if pfn & PFN_ERROR else FaultinResult.KEPT
+        error = FaultinResult.ERROR if ret or pfn & PFN_ERROR else FaultinResult.KEPT
         row.kind = int(FaultinResult.NOSLOT if pfn & PFN_NOSLOT else error)
         return row
 

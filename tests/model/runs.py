@@ -123,6 +123,7 @@ class Driver:
             stale=random.random() < 0.1,
             device=random.random() < 0.2,
             poisoned=random.random() < 0.03,
+            invalidated=random.random() < 0.05,
         )
         gva = vcpu.gva(self._page()) + random.choice((0, 8, 0xFF8))
         vcpu.access(how, gva, random.random() < 0.4, fate)
