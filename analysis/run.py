@@ -127,6 +127,14 @@ class Analysis:
         """Records known to be lost."""
         return sum(capture.integrity.lost_total for capture in self.captures)
 
+    def __repr__(self) -> str:
+        return f"<kvmprobe analysis: {self.verdict}, {len(self.findings)} finding(s)>"
+
+    def _repr_html_(self) -> str:
+        from kvmprobe.analysis.html import analysis_html
+
+        return analysis_html(self)
+
     def to_document(self) -> dict[str, Any]:
         """Return the public JSON document, schema kvmprobe.analysis/1."""
         from kvmprobe.analysis.document import document

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,19 @@ MAX_FRAME_EVENTS = 20_000_000
 
 #: A time: ns since the recording began, or a moment (UTC where it names no zone).
 When = int | str | datetime
+
+
+class Filters(TypedDict, total=False):
+    """Which events, or which findings, are wanted; all of them where nothing is said.
+
+    `vm` is the VM's number in the capture, `vcpu` the vCPU's id.  `since` is included, `until` is
+    not.
+    """
+
+    vm: int | None
+    vcpu: int | None
+    since: When | None
+    until: When | None
 
 
 def open(path: str | os.PathLike[str]) -> Capture:
@@ -61,6 +74,20 @@ class Capture:
 
     def __repr__(self) -> str:
         return f"<kvmprobe capture {str(self.path)!r}, started {self.header['started']}>"
+
+    def _repr_html_(self) -> str:
+        from kvmprobe.analysis.html import table
+
+        host, source = self.header["host"], self.header["source"]
+        facts = {
+            "file": self.path,
+            "started": self.header["started"] or "unknown",
+            "kernel": host["kernel"] or "unknown",
+            "vendor": host["vendor"] or "unknown",
+            "source": source["kind"],
+            "attached": f"{sum(bool(row['attached']) for row in self.header['plan'])} probes",
+        }
+        return table("kvmprobe capture", ("", ""), list(facts.items()))
 
     def __enter__(self) -> Self:
         return self
@@ -116,17 +143,15 @@ class Capture:
     def events(
         self,
         *,
-        vm: int | None = None,
-        vcpu: int | None = None,
-        since: When | None = None,
-        until: When | None = None,
         columns: Sequence[str] | None = None,
         limit: int | None = None,
+        **filters: Unpack[Filters],
     ) -> pd.DataFrame:
         """The events, one a row; `frames.events_frame` describes the columns.
 
-        `since` is included, `until` is not.  `limit` takes the first so many.  Raises CaptureError
-        for more than 20 million events without `limit`, for a column or time that makes no sense.
+        `columns` and `Filters` choose among them, `limit` takes the first so many.  Raises
+        CaptureError for more than 20 million events without `limit`, and for a column or time that
+        makes no sense.
         """
         from kvmprobe import frames
 
@@ -137,45 +162,32 @@ class Capture:
                     f"no column {name!r}; there are {', '.join(frames.EVENT_COLUMNS)}"
                 )
         size = sum(frames.COLUMN_BYTES[name] for name in wanted)
-        if limit is None and all(x is None for x in (vm, vcpu, since, until)):
+        chosen = _Choice(self, filters)
+        if limit is None and not chosen.tests:
             self._check_size(self.count(), size)
-        gathered = self._gather(frames.fields_of(wanted), vm, vcpu, since, until, None, limit, size)
+        gathered = self._gather(frames.fields_of(wanted), chosen.tests, limit, size)
         return frames.events_frame(gathered, self.header, wanted)
 
-    def fills(
-        self,
-        *,
-        vm: int | None = None,
-        vcpu: int | None = None,
-        since: When | None = None,
-        until: When | None = None,
-    ) -> pd.DataFrame:
+    def fills(self, **filters: Unpack[Filters]) -> pd.DataFrame:
         """The MMIO cache as it was written (FILL) or found (CACHE), one event a row.
 
         gpa, gva, access and mmio_gen are the cache's fields; `slot` is the memslot at gpa (int16,
-        -1: none, to be believed where `slot_known`).  Filters as in `events`.
+        -1: none, to be believed where `slot_known`).  `Filters` choose among them.
         """
         from kvmprobe import frames
 
-        types = (schema.Type.FILL, schema.Type.CACHE)
-        return frames.fills_frame(self._gather(_ALL, vm, vcpu, since, until, types), self.header)
+        chosen = _Choice(self, filters, (schema.Type.FILL, schema.Type.CACHE))
+        return frames.fills_frame(self._gather(_ALL, chosen.tests), self.header)
 
-    def memslots(
-        self,
-        *,
-        vm: int | None = None,
-        vcpu: int | None = None,
-        since: When | None = None,
-        until: When | None = None,
-    ) -> pd.DataFrame:
+    def memslots(self, **filters: Unpack[Filters]) -> pd.DataFrame:
         """What happened to memslots: base_gpa, npages, id, change, generation, one change a row.
 
-        Filters as in `events`; most memslot changes belong to no vCPU.
+        `Filters` choose among them; most memslot changes belong to no vCPU.
         """
         from kvmprobe import frames
 
-        types = (schema.Type.MEMSLOT,)
-        return frames.memslots_frame(self._gather(_ALL, vm, vcpu, since, until, types), self.header)
+        chosen = _Choice(self, filters, (schema.Type.MEMSLOT,))
+        return frames.memslots_frame(self._gather(_ALL, chosen.tests), self.header)
 
     def analysis(self) -> Analysis:
         """What the rules say of this capture: findings, and a verdict on each fault."""
@@ -183,59 +195,38 @@ class Capture:
 
         return analyze([self._reader])
 
-    def findings(
-        self,
-        *,
-        vm: int | None = None,
-        vcpu: int | None = None,
-        since: When | None = None,
-        until: When | None = None,
-    ) -> pd.DataFrame:
+    def findings(self, **filters: Unpack[Filters]) -> pd.DataFrame:
         """The findings of the whole capture, one a row; `analysis.frame` describes the columns.
 
         The filters choose among them: those of a VM or vCPU, and those that were seen at some time
         between `since` and `until`.  No finding does not mean no fault: see `analysis().verdicts`.
         """
-        begin, end = self._ticks(since), self._ticks(until)
+        from kvmprobe import frames
+
+        chosen = _Choice(self, filters)
         found = self.analysis().to_frame()
         self._warn(stacklevel=3)
         keep = np.ones(len(found), bool)
-        if vm is not None:
-            keep &= found["vm"].to_numpy() == vm
-        if vcpu is not None:
-            keep &= found["vcpu"].to_numpy() == vcpu
+        for name in ("vm", "vcpu"):
+            wanted = filters.get(name)
+            if wanted is not None:
+                keep &= found[name].to_numpy() == wanted
         start = self.header["clock"]["monotonic_ns"] or 0
-        if begin is not None:
-            keep &= found["last_ns"].to_numpy() >= int(begin) - start
-        if end is not None:
-            keep &= found["first_ns"].to_numpy() < int(end) - start
-        return found[keep].reset_index(drop=True)
+        if chosen.begin is not None:
+            keep &= found["last_ns"].to_numpy() >= int(chosen.begin) - start
+        if chosen.end is not None:
+            keep &= found["first_ns"].to_numpy() < int(chosen.end) - start
+        return frames.FindingsFrame(found[keep].reset_index(drop=True))
 
     def _gather(
         self,
         fields: Iterable[str],
-        vm: int | None,
-        vcpu: int | None,
-        since: When | None,
-        until: When | None,
-        types: Sequence[schema.Type] | None,
+        tests: Sequence[_Test],
         limit: int | None = None,
         row_bytes: int = schema.EVENT.itemsize,
     ) -> dict[str, NDArray[Any]]:
-        """The events that pass the filters, their `fields` as one array each."""
+        """The events that pass the tests, their `fields` as one array each."""
         fields = sorted(fields)
-        begin, end = self._ticks(since), self._ticks(until)
-        tests: list[tuple[str, Any]] = []
-        if vm is not None:
-            tests.append(("vm", lambda values: values == vm))
-        if vcpu is not None:
-            tests.append(("vcpu", lambda values: values == vcpu))
-        if begin is not None:
-            tests.append(("ts", lambda values: values >= begin))
-        if end is not None:
-            tests.append(("ts", lambda values: values < end))
-        if types is not None:
-            tests.append(("type", lambda values: np.isin(values, np.array(types, np.uint8))))
         parts: dict[str, list[NDArray[Any]]] = {name: [] for name in fields}
         rows = 0
         for batch in self.batches(sorted({*fields, *(name for name, _ in tests)})):
@@ -244,11 +235,11 @@ class Capture:
             keep: Any = slice(None)
             if tests:
                 keep = np.logical_and.reduce([test(batch[name]) for name, test in tests])
-            chosen = {name: batch[name][keep] for name in fields}
-            size = min((len(values) for values in chosen.values()), default=0)
+            kept = {name: batch[name][keep] for name in fields}
+            size = min((len(values) for values in kept.values()), default=0)
             if limit is not None:
                 size = min(size, limit - rows)
-            for name, values in chosen.items():
+            for name, values in kept.items():
                 parts[name].append(values[:size])
             rows += size
             if limit is None:
@@ -305,4 +296,34 @@ class Capture:
             warnings.warn(f"{self.path}: {'; '.join(problems)}", RuntimeWarning, stacklevel)
 
 
+class _Choice:
+    """What filters choose: tests of a batch's columns, and the times as events have them."""
+
+    def __init__(
+        self, capture: Capture, filters: Filters, types: Sequence[schema.Type] = ()
+    ) -> None:
+        """Take filters apart; raises TypeError for one that doesn't exist."""
+        for name in filters:
+            if name not in Filters.__annotations__:
+                raise TypeError(
+                    f"no filter {name!r}; there are {', '.join(Filters.__annotations__)}"
+                )
+        vm, vcpu = filters.get("vm"), filters.get("vcpu")
+        self.begin = begin = capture._ticks(filters.get("since"))
+        self.end = end = capture._ticks(filters.get("until"))
+        self.tests: list[_Test] = []
+        if vm is not None:
+            self.tests.append(("vm", lambda values: values == vm))
+        if vcpu is not None:
+            self.tests.append(("vcpu", lambda values: values == vcpu))
+        if begin is not None:
+            self.tests.append(("ts", lambda values: values >= begin))
+        if end is not None:
+            self.tests.append(("ts", lambda values: values < end))
+        if types:
+            self.tests.append(("type", lambda values: np.isin(values, np.array(types, np.uint8))))
+
+
+#: A column's name, and which of its values are chosen.
+_Test = tuple[str, Callable[[NDArray[Any]], NDArray[np.bool_]]]
 _ALL = tuple(f.name for f in schema.FIELDS)

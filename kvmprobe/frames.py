@@ -27,6 +27,9 @@ from kvmprobe.probes.schema import (
 
 Header = Mapping[str, Any]
 
+#: Rows of findings that a notebook shows.
+_SHOWN = 100
+
 #: Derived columns and the fields they are made of.
 _MADE_OF = {"time": "ts", "level": "flags", "address_space": "flags"}
 #: The columns of an events frame.
@@ -98,6 +101,28 @@ def memslots_frame(columns: Columns, header: Header) -> pd.DataFrame:
             "slot_flags": columns["aux"],
         }
     )
+
+
+class FindingsFrame(pd.DataFrame):
+    """Findings, one a row; a notebook shows them with addresses as people write them."""
+
+    @property
+    def _constructor(self) -> type[FindingsFrame]:
+        return FindingsFrame
+
+    def _repr_html_(self) -> str | None:
+        from kvmprobe.analysis.html import table
+
+        shown = self.head(_SHOWN)
+        rows = [
+            [
+                f"0x{value:x}" if name == "gpa" else value
+                for name, value in zip(shown, row, strict=True)
+            ]
+            for row in shown.itertuples(index=False, name=None)
+        ]
+        more = f"; the first {_SHOWN} are shown" if len(self) > _SHOWN else ""
+        return table(f"{len(self):,} findings{more}", tuple(map(str, shown)), rows)
 
 
 def _frame(data: dict[str, Any]) -> pd.DataFrame:

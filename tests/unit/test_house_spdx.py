@@ -13,9 +13,11 @@ EXEMPT = {
     "LICENSE": "is the licence",
     "LICENSES/*": "is the licence",
     "*.json": "JSON has no comments",
+    "*.ipynb": "JSON has no comments",
     "*.bin": "assembled guest code, checked in beside its source",
     "*.xz": "compressed data",
     "*.kvmprobe": "a capture, binary",
+    "*.png": "a picture, binary",
 }
 
 #: Folders that are not plain MIT: what the kernel loads has to be compatible with its licence.
