@@ -84,7 +84,7 @@ def program_text(layout: Layout, reasons: dict[str, int]) -> str:
     return prelude + "\n".join((HERE / name).read_text(encoding="utf-8") for name in _FILES)
 
 
-class _StatProgram(Program):
+class StatProgram(Program):
     """The compiled programs; a tracepoint that is refused is left out."""
 
     def __init__(self, bcc: ModuleType, text: str) -> None:
@@ -156,7 +156,7 @@ class LiveStat:
     def __init__(self, pid: int | None) -> None:
         """Count the VMs of one process, or of all (None)."""
         self._pid = pid
-        self._program: _StatProgram | None = None
+        self._program: StatProgram | None = None
         self._next_vm = 1 + _VM_NUMBERS
         self._vms: dict[int, VmInfo] = {}
         self._started = 0.0
@@ -189,7 +189,7 @@ class LiveStat:
         self._step = layout.values["ADDRESS_SPACES"]
         reasons = exit_reason_layout(btf)
         missing = missing_tracepoints(btf)
-        program = self._program = _StatProgram(load_bcc().module, program_text(layout, reasons))
+        program = self._program = StatProgram(load_bcc().module, program_text(layout, reasons))
         program.load_tracepoints([name for name in TRACEPOINTS if name not in missing])
         program.configure(tgid=self._pid or 0)
         program.give_vm_numbers(1, _VM_NUMBERS)
@@ -284,7 +284,7 @@ class LiveStat:
             self._next_vm += new
         return dict(self._vms)
 
-    def _need(self) -> _StatProgram:
+    def _need(self) -> StatProgram:
         if self._program is None:
             raise RuntimeError("not started")
         return self._program

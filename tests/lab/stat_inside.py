@@ -64,7 +64,7 @@ def compare(perf: Path, out: Path) -> None:
         recorder = subprocess.Popen(
             [*command, "stat", "record", "-m", "2048", "-a", "-o", str(data)], env=environment
         )
-        time.sleep(10)  # perf says nothing when it has begun
+        time.sleep(8)  # perf says nothing when it has begun
         said, _ = worker.communicate("go\n")
         recorder.send_signal(signal.SIGINT)
         recorder.wait()
