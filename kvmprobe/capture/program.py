@@ -59,7 +59,7 @@ class Program:
         self._loaded: dict[str, Attachment] = {}
         self._attached: list[tuple[str, str, str]] = []
         self._config: Any = None
-        with _compiler_headers(kernel_headers), captured_stderr() as said:
+        with compiler_headers(kernel_headers), captured_stderr() as said:
             try:
                 # Nobody reads debug information, and without it LLVM is done a third sooner.
                 self._bpf = _bpf_class(bcc)(text=text.encode(), cflags=["-g0"])
@@ -243,13 +243,25 @@ class Program:
         """How often the kernel skipped a program because another ran on its CPU."""
         misses: dict[Type, int] = {}
         for name, attachment in self._loaded.items():
-            fd = self._bpf.funcs[name.encode()].fd
-            info = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii")
-            found = re.search(r"^recursion_misses:\s+(\d+)$", info, re.MULTILINE)
-            if found and attachment.point.sees:
+            info = _fdinfo(self._bpf.funcs[name.encode()].fd)
+            if "recursion_misses" in info and attachment.point.sees:
                 observation = attachment.point.sees[0][0]
-                misses[observation] = misses.get(observation, 0) + int(found[1])
+                misses[observation] = misses.get(observation, 0) + int(info["recursion_misses"])
         return misses
+
+    def run_times(self) -> dict[str, tuple[int, int]]:
+        """For each program ns and runs, while kernel.bpf_stats_enabled was 1."""
+        times = {}
+        for name in self._loaded:
+            info = _fdinfo(self._bpf.funcs[name.encode()].fd)
+            times[name] = int(info["run_time_ns"]), int(info["run_cnt"])
+        return times
+
+
+def _fdinfo(fd: int) -> dict[str, str]:
+    """What the kernel says of a descriptor of this process, by name."""
+    text = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii")
+    return dict(re.findall(r"^(\w+):\s+(\S+)$", text, re.MULTILINE))
 
 
 def fentry_problem(bcc: ModuleType, module: str, function: str) -> tuple[str | None, str]:
@@ -316,7 +328,7 @@ def _bpf_class(bcc: ModuleType) -> Any:  # noqa: ANN401 - BCC has no types
 
 
 @contextmanager
-def _compiler_headers(kernel_headers: Path | None) -> Iterator[None]:
+def compiler_headers(kernel_headers: Path | None) -> Iterator[None]:
     """Point BCC at kernel headers: the user's, or the generated ones."""
     before = os.environ.get("BCC_KERNEL_SOURCE")
     with header_directory() as generated:

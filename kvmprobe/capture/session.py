@@ -335,6 +335,10 @@ class Session:
         """Records the probes put into the rings, by their own count."""
         return int(self._need().counters()[:, 0, 1:].sum())
 
+    def run_times(self) -> dict[str, tuple[int, int]]:
+        """For each program ns and runs, as far as the kernel counted (kernel.bpf_stats_enabled)."""
+        return self._need().run_times()
+
     def flight(self) -> Columns:
         """The last events of each vCPU, shipped or not: columns sorted by (vm, vcpu, seq).
 
