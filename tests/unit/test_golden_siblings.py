@@ -31,6 +31,7 @@ CAPTURES = {
     "siblings-6.12.117": "linux-image-6.12.117+deb13-amd64",
     "siblings-6.12.74": "linux-image-6.12.74+deb12-amd64",
     "siblings-6.18.12": "linux-image-6.18.12+deb13-amd64",
+    "siblings-7.2.11": "linux-image-7.2.11+deb13-amd64",
     "siblings-7.2.13": "linux-image-7.2.13+deb14-amd64",
 }
 NESTED, SHADOW = PARTS
