@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from kvmprobe.check.output import document, json_schema, line, textfile
 from kvmprobe.check.sources import read_capture
 from kvmprobe.cli.main import main
 from kvmprobe.host.exposure import Exposure
+from kvmprobe.host.facts import process_age
 from kvmprobe.probes.schema import NO_VCPU, LifecycleChange, Type
 from kvmprobe.store.reader import CaptureReader
 from kvmprobe.store.writer import CaptureWriter
@@ -322,3 +325,13 @@ def test_a_capture_that_cannot_be_read_and_a_text_file_that_cannot_be_written(
 def test_documents_are_plain() -> None:
     state = seen(vm("a"), found=[CRITICAL])
     assert document(conclude(state), state)["findings"] == [asdict(CRITICAL)]
+
+
+def test_age_of_a_process_whose_name_has_blanks(tmp_path: Path) -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    began = int((time.clock_gettime(time.CLOCK_BOOTTIME) - 5) * ticks)
+    stat = tmp_path / "proc/self/stat"
+    stat.parent.mkdir(parents=True)
+    stat.write_text(f"7 (a) b (c) {' '.join(['S', *['0'] * 18])} {began} 0 0\n")
+    assert process_age(tmp_path) >= 5
+    assert process_age() > 0
