@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,8 +17,10 @@ from kvmprobe.host.facts import HostFacts
 from kvmprobe.verify import probes
 from kvmprobe.verify.answers import Answer
 
-#: Seconds a probe may take, of which it needs some hundredths; all together end within 10.
-SECONDS = 3.0
+#: Seconds all probes together may take, of which they need some tenths.
+SECONDS = 9.0
+#: Seconds that one that hangs leaves to each of the others.
+_RESERVE = 1.0
 
 
 class _TooLongError(GuestError):
@@ -27,7 +30,7 @@ class _TooLongError(GuestError):
 def verify(host: HostFacts, *, unsafe: bool, seconds: float = SECONDS) -> list[Answer]:
     """Run all probes on this host; an answer for each fault, "unknown" for one that failed.
 
-    seconds: each probe's time.  To be called in the main thread, whose SIGALRM ends a guest that
+    seconds: the time for all.  To be called in the main thread, whose SIGALRM ends a guest that
     hangs.  Raises GuestError when /dev/kvm can't be used.
     """
     os.close(kvm.open_device())
@@ -37,7 +40,13 @@ def verify(host: HostFacts, *, unsafe: bool, seconds: float = SECONDS) -> list[A
         probes.ADDRESS_SPACE: probes.address_space,
         probes.SPTE_OVERWRITE: partial(probes.spte_overwrite, parameters, unsafe=unsafe),
     }
-    return [_answer(fault, probe, seconds) for fault, probe in wanted.items()]
+    answers: list[Answer] = []
+    end = time.monotonic() + seconds
+    for fault, probe in wanted.items():
+        reserved = _RESERVE * (len(wanted) - len(answers) - 1)
+        limit = max(end - time.monotonic() - reserved, min(_RESERVE, seconds / len(wanted)))
+        answers.append(_answer(fault, probe, limit))
+    return answers
 
 
 def _answer(fault: str, probe: Callable[[], Answer], seconds: float) -> Answer:
@@ -53,7 +62,7 @@ def _within(seconds: float) -> Iterator[None]:
     """End what runs inside with GuestError after `seconds`: the signal takes KVM_RUN back too."""
 
     def expire(_number: int, _frame: FrameType | None) -> None:
-        raise _TooLongError(f"the guest did not come to its end within {seconds:g} s")
+        raise _TooLongError(f"the guest did not come to its end within {seconds:.1f} s")
 
     before = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, seconds)
