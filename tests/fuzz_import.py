@@ -136,7 +136,7 @@ def agree(data: bytes, *, salvage: bool, loops: Loops) -> None:
 def _limit_memory() -> None:
     size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     limit = size * resource.getpagesize() + _GROWTH
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
 def run(kind: str, count: int, seed: int, compare: int, most: float, ways: Loops | None) -> None:

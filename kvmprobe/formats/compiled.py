@@ -24,7 +24,7 @@ from kvmprobe.formats.translate import Translator
 from kvmprobe.probes.schema import EVENT
 
 #: Bytes of traces from which on it pays to load the loops, and to compile them to be thrown away.
-_LARGE, _HUGE = 96 << 20, 2 << 30
+_LARGE, _HUGE = 64 << 20, 2 << 30
 _SHORTEST_LINE = 16  # of a line that gives a record
 
 

@@ -129,12 +129,8 @@ def _export_capture(
     from kvmprobe.store.writer import CaptureWriter
 
     source = _Source(reader, anonymize, window)
-    with CaptureWriter(path, source.header, force=force) as writer:
-        try:
-            return source.copy_to(_CaptureWriter(writer))
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+    with CaptureWriter(path, source.header, force=force, whole=True) as writer:
+        return source.copy_to(_CaptureWriter(writer))
 
 
 class _CaptureWriter:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,7 @@ from kvmprobe.formats.slots import Slot
 from kvmprobe.formats.tracedat import TraceDatReader
 from kvmprobe.formats.translate import Translator
 from kvmprobe.probes.schema import EVENT, NO_VCPU, LossCause, Site, Type
+from kvmprobe.store.files import write_error
 from kvmprobe.store.format import MAX_ROWS, new_header
 from kvmprobe.store.writer import CaptureWriter
 
@@ -103,21 +105,26 @@ def import_traces(
     loops = loops_for(_size(paths))
     translator = Translator(slots) if loops is None else LoopTranslator(slots, loops)
     with ExitStack() as opened:
-        spool: BinaryIO = opened.enter_context(tempfile.TemporaryFile(dir=output.parent))
+        spool = _Spool(output)
+        opened.callback(spool.close)
         for path in paths:
             source = open_trace(path)
             opened.callback(source.file.close)
             done.kinds.append(source.kind)
             try:
                 for block in blocks(source, done.tally, salvage=salvage, loops=loops):
-                    _spool(spool, translator.feed(block), done)
+                    spool.write(translator.feed(block))
             except CaptureError as error:
+                if spool.failed:
+                    raise
                 if not salvage:
                     raise CaptureError(f"{path}: {error}") from error
                 done.ended.append(f"{path}: {error}")
-            _spool(spool, translator.finish(), done)
+            spool.write(translator.finish())
+        done.events = spool.events
         _check(done, strict)
-        _spool(spool, _losses(done.tally, translator), done)
+        spool.write(_losses(done.tally, translator))
+        done.events = spool.events
         done.doubts = _doubts(translator)
         _write(spool, output, _header(done, paths, slots), force)
     return done
@@ -132,11 +139,42 @@ def _size(paths: Sequence[Path]) -> int:
     return size
 
 
-def _spool(spool: BinaryIO, events: NDArray[Any], done: Imported) -> None:
-    """Set events aside: the capture's header, its first bytes, is known at the end only."""
-    if len(events):
-        spool.write(events.data)
-        done.events += len(events)
+class _Spool:
+    """Events set aside: the capture's header, its first bytes, is known at the end only."""
+
+    def __init__(self, output: Path) -> None:
+        """Make a file without a name where the capture will be; raises CaptureError."""
+        self._output = output
+        self.events = 0
+        self.failed = False
+        with self._told():
+            self._file: BinaryIO = tempfile.TemporaryFile(dir=output.parent)  # noqa: SIM115
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failed = True
+            raise write_error(self._output, error) from error
+
+    def write(self, events: NDArray[Any]) -> None:
+        """Set events aside; raises CaptureError."""
+        with self._told():
+            self._file.write(events.data if len(events) else b"")
+        self.events += len(events)
+
+    def read(self) -> Iterator[NDArray[Any]]:
+        """Give all events, from the first; raises CaptureError."""
+        with self._told():
+            self._file.seek(0)
+        while data := self._file.read(MAX_ROWS * EVENT.itemsize):
+            yield np.frombuffer(data, EVENT)
+
+    def close(self) -> None:
+        """Drop what was set aside; it may not even fit the disk."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def _check(done: Imported, strict: bool) -> None:
@@ -194,14 +232,11 @@ def _header(done: Imported, paths: Sequence[Path], slots: tuple[Slot, ...]) -> d
     return header
 
 
-def _write(spool: BinaryIO, output: Path, header: dict[str, Any], force: bool) -> None:
-    spool.seek(0)
-    size = MAX_ROWS * EVENT.itemsize
-    data = spool.read(size)
-    rows = np.frombuffer(data, EVENT)
-    if len(rows):
-        header["clock"]["monotonic_ns"] = min(int(rows["ts"][0]), (1 << 63) - 1)
-    with CaptureWriter(output, header, force=force) as writer:
-        while data:
-            writer.write(np.frombuffer(data, EVENT))
-            data = spool.read(size)
+def _write(spool: _Spool, output: Path, header: dict[str, Any], force: bool) -> None:
+    batches = spool.read()
+    first = next(batches, np.empty(0, EVENT))
+    if len(first):
+        header["clock"]["monotonic_ns"] = min(int(first["ts"][0]), (1 << 63) - 1)
+    with CaptureWriter(output, header, force=force, whole=True) as writer:
+        for events in chain([first], batches):
+            writer.write(events)

@@ -48,8 +48,12 @@ def merge(sources: list[Iterator[NDArray[Any]]]) -> Iterator[NDArray[Any]]:
     while streams:
         upto = min(stream.key[-1] for stream in streams)
         taken = [stream.take(upto) for stream in streams]
-        key = np.concatenate([times for _, times in taken])
-        yield np.concatenate([records for records, _ in taken])[np.argsort(key, kind="stable")]
+        if len(taken) == 1:
+            yield taken[0][0]
+        else:
+            key = np.concatenate([times for _, times in taken])
+            order = np.argsort(key, kind="stable")
+            yield np.concatenate([records for records, _ in taken])[order]
         for stream in streams:
             stream.fill()
         streams = [stream for stream in streams if stream.records is not None]

@@ -43,7 +43,7 @@ class UnsupportedError(CaptureError):
     """A form of perf.data that only perf itself reads."""
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """Where a sample's parts stand, in bytes from its beginning; -1: not there."""
 
     identifier: int
@@ -54,7 +54,7 @@ class _Form(NamedTuple):
     chain: bool
 
 
-def _form(kind: int) -> _Form:
+def _form(kind: int) -> Form:
     """Work out the form of samples of one sample_type."""
     if not kind & _RAW or not kind & _TIME or not kind & _TID:
         raise CaptureError(
@@ -67,7 +67,7 @@ def _form(kind: int) -> _Form:
     for bit in (_IDENTIFIER, _IP, _TID, _TIME, _ADDR, _ID, _STREAM, _CPU, _PERIOD):
         places[bit] = at if kind & bit else -1
         at += 8 if kind & bit else 0
-    return _Form(
+    return Form(
         places[_IDENTIFIER], places[_TID], places[_TIME], places[_CPU], at, bool(kind & _CHAIN)
     )
 
@@ -92,8 +92,8 @@ class PerfDataReader:
         self._tally = tally
         self._salvage = salvage
         self._size = file.seek(0, 2)
-        self._form, self._ids, self._formats, self._data = self._header()
-        self._loop = loops and PerfLoop(loops, self._formats, self._form, self._ids)
+        self.form, self._ids, self._formats, self.data = self._header()
+        self._loop = loops and PerfLoop(loops, self._formats, self.form, self._ids)
         self._waiting: list[NDArray[Any]] = []
         self._count = 0
         self._latest = 0
@@ -111,7 +111,7 @@ class PerfDataReader:
         self._file.seek(offset)
         return self._file.read(size)
 
-    def _header(self) -> tuple[_Form, NDArray[np.uint64], raw.Formats, tuple[int, int]]:
+    def _header(self) -> tuple[Form, NDArray[np.uint64], raw.Formats, tuple[int, int]]:
         head = raw.Cursor(self._read(0, min(self._size, 104)))
         head.expect(MAGIC)
         size = head.number(8)
@@ -203,7 +203,7 @@ class PerfDataReader:
 
     def _chunks(self) -> Iterator[tuple[bytes, int]]:
         """Yield whole records in pieces, and their place in the file."""
-        offset, end = self._data
+        offset, end = self.data
         self._used = 0
         while offset < end:
             size = min(_CHUNK, end - offset)
@@ -263,7 +263,7 @@ class PerfDataReader:
 
     def _by_columns(self, words: NDArray[np.uint64], slots: int, systems: set[str]) -> PerfRead:
         """Read records; `systems` gets those recorded whole."""
-        sample, size = self._candidates(words, slots)
+        sample, size = self.candidates(words, slots)
         # A run of samples ends where the next candidate isn't the next record.
         breaks = np.flatnonzero(sample[1:] != sample[:-1] + size[:-1])
         runs: list[tuple[int, int]] = []
@@ -287,7 +287,7 @@ class PerfDataReader:
         samples, good = self._samples(words, sample[marks] * 8, size[marks] * 8)
         records, index, short = raw.columns(samples, self._formats, systems)
         index = np.flatnonzero(good)[index]
-        newest = np.maximum.accumulate(words[sample[marks] + self._form.time // 8])
+        newest = np.maximum.accumulate(words[sample[marks] + self.form.time // 8])
         upto = [int(ends[before]) for _, before in others]
         return PerfRead(
             records,
@@ -301,16 +301,16 @@ class PerfDataReader:
             int(newest[-1]) if len(newest) else 0, at,
         )  # fmt: skip
 
-    def _candidates(
+    def candidates(
         self, words: NDArray[np.uint64], slots: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where samples may begin, in words, and their lengths in words; whole ones only."""
         at = np.flatnonzero((words[:slots] & np.uint64(0xFFFFFFFF)) == _SAMPLE)
         size = (words[at] >> np.uint64(48)).astype(np.int64)
-        good = (size % 8 == 0) & (size >= self._form.rest + 8) & (at + size // 8 <= slots)
-        if self._form.identifier >= 0:
+        good = (size % 8 == 0) & (size >= self.form.rest + 8) & (at + size // 8 <= slots)
+        if self.form.identifier >= 0:
             # The buffer goes on for some words after the last slot.
-            good &= np.isin(words[at + self._form.identifier // 8], self._ids)
+            good &= np.isin(words[at + self.form.identifier // 8], self._ids)
         return at[good], size[good] // 8
 
     def _lost(self, body: bytes, kind: int) -> NDArray[Any]:
@@ -318,9 +318,9 @@ class PerfDataReader:
         record["point"], record["ts"] = Point.LOST, self._latest
         place = 16 if kind == _LOST else 8
         record["a"] = min(int.from_bytes(body[place : place + 8], "little"), 1 << 40)
-        trailer = sum(8 for at in self._form[:4] if at >= 0)
-        if len(body) >= place + 8 + trailer and self._form.cpu >= 0:
-            tail = body[-16:] if self._form.identifier >= 0 else body[-8:]
+        trailer = sum(8 for at in self.form[:4] if at >= 0)
+        if len(body) >= place + 8 + trailer and self.form.cpu >= 0:
+            tail = body[-16:] if self.form.identifier >= 0 else body[-8:]
             record["cpu"] = int.from_bytes(tail[:2], "little")
         return record
 
@@ -328,7 +328,7 @@ class PerfDataReader:
         self, words: NDArray[np.uint64], at: NDArray[np.int64], size: NDArray[np.int64]
     ) -> tuple[raw.Samples, NDArray[np.bool_]]:
         """Take samples apart; those whose data go beyond them are left out and not good."""
-        form = self._form
+        form = self.form
         data = at + form.rest
         if form.chain:
             frames = np.minimum(words[data // 8], np.uint64(_MAX_RECORD)).astype(np.int64)

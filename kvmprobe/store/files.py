@@ -44,7 +44,7 @@ def create_file(path: str | os.PathLike[str], *, force: bool = False, mode: int 
     a regular file, or can't be created.
     """
     target = Path(path)
-    fd, made = _create(target, force, mode)
+    fd, made = create_beside(target, force=force, mode=mode)
     if made != target:
         try:
             made.replace(target)
@@ -67,7 +67,7 @@ def create_output(
     Raises CaptureError as `create_file`, and when writing fails for want of space.
     """
     target = Path(path)
-    fd, made = _create(target, force, mode)
+    fd, made = create_beside(target, force=force, mode=mode)
     try:
         with os.fdopen(fd, "wb") as file:
             yield file
@@ -80,8 +80,12 @@ def create_output(
         raise
 
 
-def _create(path: Path, force: bool, mode: int) -> tuple[int, Path]:
-    """Create `path`, or with `force` a temporary file beside it when it exists."""
+def create_beside(path: Path, *, force: bool, mode: int = 0o600) -> tuple[int, Path]:
+    """Create `path`, or with `force` a temporary file beside it when it exists.
+
+    Returns the file descriptor, open for writing, and the path that was created.  Raises
+    CaptureError as `create_file`.
+    """
     try:
         exists = _check_place(path, force)
         # A fixed, short name: the asked one may already have the longest length allowed.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kvmprobe.errors import CaptureError
 from kvmprobe.probes import schema
 from kvmprobe.store import format as fmt
-from kvmprobe.store.files import create_file, write_error
+from kvmprobe.store.files import create_beside, create_file, write_error
 
 if TYPE_CHECKING:
     import pyarrow
@@ -39,12 +39,19 @@ class CaptureWriter:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], header: Mapping[str, Any], *, force: bool = False
+        self,
+        path: str | os.PathLike[str],
+        header: Mapping[str, Any],
+        *,
+        force: bool = False,
+        whole: bool = False,
     ) -> None:
         """Create the capture at `path` and write its header.
 
-        `header` is the JSON object of docs/design.md.  Raises CaptureError when it is not, when
-        the file exists and not `force`, or when it can't be created.
+        `header` is the JSON object of docs/design.md.  With `whole` the capture is there whole or
+        not at all: an old file stays until `close`, and a context left by an error leaves nothing.
+        Raises CaptureError when `header` is none, when the file exists and not `force`, or when it
+        can't be created.
         """
         fmt.check_header(header)
         text = json.dumps(header, ensure_ascii=False).encode("utf-8", "replace")
@@ -64,14 +71,20 @@ class CaptureWriter:
         self._failure: CaptureError | None = None
         self._synced = 0
         self._encoder = _Encoder(arrow)
-        self._fd = create_file(path, force=force)
+        self._whole = whole
+        #: Where the file stands until it is closed.
+        self._made = self.path
+        if whole:
+            self._fd, self._made = create_beside(self.path, force=force)
+        else:
+            self._fd = create_file(path, force=force)
         self._closing = threading.Event()
         self._syncer = threading.Thread(target=self._sync_often, daemon=True)
         try:
             self._append(self._encoder.begin(self._columns))
         except BaseException:
             os.close(self._fd)
-            self.path.unlink(missing_ok=True)
+            self._made.unlink(missing_ok=True)
             raise
         self._syncer.start()
 
@@ -86,6 +99,8 @@ class CaptureWriter:
     ) -> None:
         if error is None:
             self.close()
+        elif self._whole:
+            self._abandon()
         else:
             with contextlib.suppress(CaptureError):
                 self.close()
@@ -154,8 +169,22 @@ class CaptureWriter:
             if self._failure is None:
                 self._append(self._encoder.take())
                 self.sync()
+                if self._made != self.path:
+                    self._made.replace(self.path)
+        except OSError as e:
+            raise write_error(self.path, e) from e
         finally:
             os.close(self._fd)
+            if self._whole and (self._failure is not None or self._made != self.path):
+                self._made.unlink(missing_ok=True)
+
+    def _abandon(self) -> None:
+        """End without a file; one that was ended before stays."""
+        if not self._closing.is_set():
+            self._closing.set()
+            self._syncer.join()
+            os.close(self._fd)
+            self._made.unlink(missing_ok=True)
 
     def _append(self, data: memoryview) -> None:
         done = 0
