@@ -9,6 +9,7 @@ struct now {
 	u64 vcpu; /* struct kvm_vcpu */
 	struct vcpu_state *st; /* 0: nothing to tell */
 	struct thread_state *thread;
+	u32 failed; /* not 0: memory could not be read */
 	struct memslots slots; /* of the vCPU's address space */
 	u64 gen0;              /* generation of address space 0 */
 	u32 smm;
@@ -19,10 +20,10 @@ struct now {
  * KVM sets and clears the guest-mode flag (enter_guest_mode(), leave_guest_mode()); root_role is 4 bytes:
  * direct is bit 7, smm the last byte (union kvm_mmu_page_role).
  */
-static __always_inline u32 make_flags(u64 vcpu, u64 guest_mode, u8 type)
+static __always_inline u32 make_flags(u64 vcpu, u64 guest_mode, u32 *failed)
 {
-	u64 mmu = read_u64(vcpu + OFF_VCPU_MMU, type);
-	u32 role = read_u32(mmu + OFF_MMU_ROOT_ROLE, type);
+	u64 mmu = read_u64(vcpu + OFF_VCPU_MMU, failed);
+	u32 role = read_u32(mmu + OFF_MMU_ROOT_ROLE, failed);
 	u32 flags = KVMPROBE_F_AS_KNOWN;
 
 	if (role & (1 << 7))
@@ -40,15 +41,15 @@ static __always_inline u32 make_flags(u64 vcpu, u64 guest_mode, u8 type)
 	return flags;
 }
 
-static __always_inline void read_now(struct now *n, u64 kvm, u32 flags, u8 type)
+static __always_inline void read_now(struct now *n, u64 kvm, u32 flags)
 {
 	struct memslots zero;
 
 	n->smm = !!(flags & KVMPROBE_F_SMM);
-	read_memslots(&n->slots, kvm, n->smm, type);
+	read_memslots(&n->slots, kvm, n->smm, &n->failed);
 	n->gen0 = n->slots.gen;
 	if (n->smm) {
-		read_memslots(&zero, kvm, 0, type);
+		read_memslots(&zero, kvm, 0, &n->failed);
 		n->gen0 = zero.gen;
 	}
 }
@@ -65,8 +66,8 @@ static __always_inline void look_up(struct kvmprobe_event *e, struct now *n, u64
 		e->flags |= memo->flags;
 		return;
 	}
-	find_by_gfn(&s, &n->slots, gfn, e->type);
-	read_memslots(&again, n->st->kvm, n->smm, e->type);
+	find_by_gfn(&s, &n->slots, gfn, &n->failed);
+	read_memslots(&again, n->st->kvm, n->smm, &n->failed);
 	if (again.address != n->slots.address || again.gen != n->slots.gen || again.gen >> 63)
 		s.flags |= KVMPROBE_F_UNSTABLE;
 	e->slot = s.id;
@@ -91,13 +92,12 @@ static __always_inline u32 compare_gen(const struct now *n, u64 mmio_gen)
 	return flags;
 }
 
-static __always_inline int read_cache(struct mmio_cache *c, u64 vcpu, u8 type)
+static __always_inline int read_cache(struct mmio_cache *c, struct now *n)
 {
-	if (bpf_probe_read_kernel(c, sizeof(*c), (void *)(vcpu + OFF_VCPU_MMIO_CACHE))) {
-		count(KVMPROBE_LOST_READ, type);
-		return -1;
-	}
-	return 0;
+	long error = bpf_probe_read_kernel(c, sizeof(*c), (void *)(n->vcpu + OFF_VCPU_MMIO_CACHE));
+
+	note(&n->failed, error);
+	return error ? -1 : 0;
 }
 
 /* KVM writes nothing into the cache while memslots change: what is there may be the entry of before. */
@@ -160,7 +160,7 @@ static __always_inline void sample_cache(struct now *n, u8 site)
 	struct kvmprobe_event *e;
 	int changed, moved, sure, first = st->refill == KVMPROBE_AT_FIRST_SIGHT;
 
-	if (read_cache(&c, n->vcpu, KVMPROBE_CACHE))
+	if (read_cache(&c, n))
 		return;
 	changed = c.gfn != st->cache.gfn || c.gen != st->cache.gen || c.access != st->cache.access ||
 		  (c.gva != st->cache.gva && c.gva); /* gva alone going to 0 is a clear */

@@ -24,9 +24,9 @@ static __always_inline u32 test_rsvd(struct now *n, u64 addr)
 	u64 walk_mmu;
 	u32 gen;
 
-	if (read_cache(&c, n->vcpu, KVMPROBE_MATCH))
+	if (read_cache(&c, n))
 		return 0;
-	walk_mmu = read_u64(n->vcpu + OFF_VCPU_WALK_MMU, KVMPROBE_MATCH);
+	walk_mmu = read_u64(n->vcpu + OFF_VCPU_WALK_MMU, &n->failed);
 	gen = compare_gen(n, c.gen);
 	if (walk_mmu == n->vcpu + OFF_VCPU_NESTED_MMU)
 		return 0;
@@ -183,6 +183,7 @@ static __always_inline u32 vm_of(u64 vcpu)
 static __always_inline int on_faultin_entry(u64 vcpu, u64 fault)
 {
 	struct thread_state *thread = current_thread();
+	u32 failed = 0;
 	struct slot s = {};
 	u64 slot;
 
@@ -192,14 +193,16 @@ static __always_inline int on_faultin_entry(u64 vcpu, u64 fault)
 		count_of(vm_of(vcpu), KVMPROBE_LOST_EXIT, KVMPROBE_FAULTIN);
 	s.id = -1;
 	s.flags = KVMPROBE_F_SLOT_KNOWN;
-	slot = read_u64(fault + OFF_FAULT_SLOT, KVMPROBE_FAULTIN);
+	slot = read_u64(fault + OFF_FAULT_SLOT, &failed);
 	if (slot)
-		read_slot(&s, slot, KVMPROBE_FAULTIN);
+		read_slot(&s, slot, &failed);
 	thread->faultin = fault;
 	thread->faultin_slot = s.id;
 	thread->faultin_flags = s.flags;
 	thread->faultin_base = s.base_gfn << 12;
 	thread->faultin_npages = s.npages;
+	if (failed)
+		count(KVMPROBE_LOST_READ, KVMPROBE_FAULTIN);
 	return 0;
 }
 
@@ -219,13 +222,13 @@ static __always_inline void on_faultin_exit(struct now *n, s32 ret)
 	if (!KEEP_ALL && !kvmprobe_candidate(KVMPROBE_FAULTIN, 0, thread->faultin_slot))
 		return;
 	e = begin(n->st, KVMPROBE_FAULTIN, KVMPROBE_AT_FAULTIN);
-	e->addr = read_u64(fault + OFF_FAULT_GFN, KVMPROBE_FAULTIN) << 12;
+	e->addr = read_u64(fault + OFF_FAULT_GFN, &n->failed) << 12;
 	e->value = thread->faultin_base;
 	e->gen = thread->faultin_npages;
 	e->aux = (u32)ret;
 	e->slot = thread->faultin_slot;
 	e->flags |= thread->faultin_flags;
-	e->kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, KVMPROBE_FAULTIN), ret);
+	e->kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, &n->failed), ret);
 }
 
 /* Tracepoint kvm_mmu_spte_requested(fault): after the faultin function, for faults that go on. */
@@ -237,19 +240,19 @@ static __always_inline void on_spte_requested(struct now *n, u64 fault)
 
 	if (resume(n))
 		return;
-	gfn = read_u64(fault + OFF_FAULT_GFN, KVMPROBE_FAULTIN);
-	slot = read_u64(fault + OFF_FAULT_SLOT, KVMPROBE_FAULTIN);
+	gfn = read_u64(fault + OFF_FAULT_GFN, &n->failed);
+	slot = read_u64(fault + OFF_FAULT_SLOT, &n->failed);
 	e = begin(n->st, KVMPROBE_FAULTIN, KVMPROBE_AT_SPTE_REQUESTED);
 	e->addr = gfn << 12;
-	e->kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, KVMPROBE_FAULTIN), 0);
+	e->kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, &n->failed), 0);
 	if (slot) {
-		read_slot(&s, slot, KVMPROBE_FAULTIN);
+		read_slot(&s, slot, &n->failed);
 		e->slot = s.id;
 		e->flags |= s.flags;
 		e->value = s.base_gfn << 12;
 		e->gen = s.npages;
 	} else {
-		read_now(n, n->st->kvm, n->st->flags, KVMPROBE_FAULTIN);
+		read_now(n, n->st->kvm, n->st->flags);
 		look_up(e, n, gfn);
 	}
 }
@@ -257,6 +260,7 @@ static __always_inline void on_spte_requested(struct now *n, u64 fault)
 static __always_inline int on_noslot_entry(u64 vcpu, u64 fault)
 {
 	struct thread_state *thread = current_thread();
+	u32 failed = 0;
 
 	if (!thread || thread->vcpu != vcpu)
 		return 0;
@@ -264,10 +268,12 @@ static __always_inline int on_noslot_entry(u64 vcpu, u64 fault)
 		count_of(vm_of(vcpu), KVMPROBE_LOST_EXIT, KVMPROBE_FILL);
 	thread->noslot = 0;
 	/* handle_abnormal_pfn() (6.1) is also called for ordinary pages, whose slot is not NULL. */
-	if (NOSLOT_IS_HANDLE_ABNORMAL_PFN && read_u64(fault + OFF_FAULT_SLOT, KVMPROBE_FILL))
+	if (NOSLOT_IS_HANDLE_ABNORMAL_PFN && read_u64(fault + OFF_FAULT_SLOT, &failed))
 		return 0;
 	thread->noslot = fault;
-	thread->noslot_gfn = read_u64(fault + OFF_FAULT_GFN, KVMPROBE_FILL);
+	thread->noslot_gfn = read_u64(fault + OFF_FAULT_GFN, &failed);
+	if (failed)
+		count(KVMPROBE_LOST_READ, KVMPROBE_FILL);
 	return 0;
 }
 
@@ -283,9 +289,9 @@ static __always_inline void on_noslot_exit(struct now *n, s32 ret)
 	if (resume(n) || !n->thread->noslot)
 		return;
 	n->thread->noslot = 0;
-	if (ret < 0 || read_cache(&c, n->vcpu, KVMPROBE_FILL) || c.gfn != n->thread->noslot_gfn)
+	if (ret < 0 || read_cache(&c, n) || c.gfn != n->thread->noslot_gfn)
 		return;
-	read_now(n, n->st->kvm, n->st->flags, KVMPROBE_FILL);
+	read_now(n, n->st->kvm, n->st->flags);
 	e = begin(n->st, KVMPROBE_FILL, KVMPROBE_AT_NOSLOT);
 	n->st->filled_in = updating(n) ? 0 : n->smm + 1;
 	fill_in_cache(e, n, &c);
@@ -302,7 +308,7 @@ int kprobe_fault_entry(struct pt_regs *ctx)
 		introduce_kprobe.call(ctx, 0);
 		count(KVMPROBE_LOST_STATE, KVMPROBE_FAULT);
 	}
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_LIFECYCLE);
 	return 0;
 }
 
@@ -311,7 +317,7 @@ int kprobe_fault_exit(struct pt_regs *ctx)
 	struct now n = {};
 
 	on_fault_exit(&n, PT_REGS_RC(ctx));
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_FAULT);
 	return 0;
 }
 
@@ -325,7 +331,7 @@ int kprobe_faultin_exit(struct pt_regs *ctx)
 	struct now n = {};
 
 	on_faultin_exit(&n, PT_REGS_RC(ctx));
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_FAULTIN);
 	return 0;
 }
 
@@ -339,7 +345,7 @@ int kprobe_noslot_exit(struct pt_regs *ctx)
 	struct now n = {};
 
 	on_noslot_exit(&n, PT_REGS_RC(ctx));
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_FILL);
 	return 0;
 }
 #endif
@@ -355,7 +361,7 @@ int FENTRY_FAULT(struct bpf_raw_tracepoint_args *ctx)
 	if (on_fault_entry(&n, ctx->args[0], ctx->args[1], ctx->args[2]) == UNKNOWN &&
 	    !introduce(ctx->args[0], KVMPROBE_AT_PAGE_FAULT))
 		on_fault_entry(&n, ctx->args[0], ctx->args[1], ctx->args[2]);
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_LIFECYCLE);
 	return 0;
 }
 
@@ -364,7 +370,7 @@ int FEXIT_FAULT(struct bpf_raw_tracepoint_args *ctx)
 	struct now n = {};
 
 	on_fault_exit(&n, ctx->args[5]);
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_FAULT);
 	return 0;
 }
 
@@ -378,7 +384,7 @@ int FEXIT_FAULTIN(struct bpf_raw_tracepoint_args *ctx)
 	struct now n = {};
 
 	on_faultin_exit(&n, ctx->args[FAULTIN_ARGS]);
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_FAULTIN);
 	return 0;
 }
 
@@ -392,7 +398,7 @@ int FEXIT_NOSLOT(struct bpf_raw_tracepoint_args *ctx)
 	struct now n = {};
 
 	on_noslot_exit(&n, ctx->args[3]);
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_FILL);
 	return 0;
 }
 #endif
@@ -407,7 +413,7 @@ int tp_kvm_page_fault(struct bpf_raw_tracepoint_args *ctx)
 		introduce_tp.call(ctx, 0);
 		count(KVMPROBE_LOST_STATE, KVMPROBE_FAULT);
 	}
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_LIFECYCLE);
 	return 0;
 }
 #endif
@@ -418,7 +424,7 @@ int tp_kvm_mmu_spte_requested(struct bpf_raw_tracepoint_args *ctx)
 	struct now n = {};
 
 	on_spte_requested(&n, ctx->args[0]);
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_FAULTIN);
 	return 0;
 }
 #endif

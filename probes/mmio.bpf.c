@@ -22,9 +22,9 @@ static __always_inline int on_emulate_insn(struct now *n, u64 vcpu, u8 failed)
 	if (!KEEP_ALL)
 		return 0;
 	e = begin(n->st, KVMPROBE_EMULATE, KVMPROBE_AT_EMULATE_INSN);
-	ctxt = read_u64(vcpu + OFF_VCPU_EMULATE_CTXT, KVMPROBE_EMULATE);
-	e->addr = read_u64(ctxt + OFF_CTXT_EIP, KVMPROBE_EMULATE);
-	e->value = read_u32(ctxt + OFF_CTXT_INSN, KVMPROBE_EMULATE);
+	ctxt = read_u64(vcpu + OFF_VCPU_EMULATE_CTXT, &n->failed);
+	e->addr = read_u64(ctxt + OFF_CTXT_EIP, &n->failed);
+	e->value = read_u32(ctxt + OFF_CTXT_INSN, &n->failed);
 	if (failed)
 		e->flags |= KVMPROBE_F_FAILED;
 	return 0;
@@ -51,9 +51,9 @@ static __always_inline int hold(struct now *n, u8 type, u8 site, u64 gpa)
 	struct kvmprobe_event *e = &n->st->held;
 	struct mmio_cache c = {};
 
-	if (read_cache(&c, n->vcpu, type))
+	if (read_cache(&c, n))
 		return 0;
-	read_now(n, n->st->kvm, n->st->flags, type);
+	read_now(n, n->st->kvm, n->st->flags);
 	__builtin_memset(e, 0, sizeof(*e));
 	e->vm = n->st->vm;
 	e->vcpu = n->st->id;
@@ -158,7 +158,7 @@ static __always_inline void on_mark_spte(struct now *n, u64 sptep, u64 gfn, u64 
 
 	if (!cfg || resume(n))
 		return;
-	old = read_u64(sptep, KVMPROBE_SPTE);
+	old = read_u64(sptep, &n->failed);
 	e = begin(n->st, KVMPROBE_SPTE, KVMPROBE_AT_MARK_MMIO_SPTE);
 	e->kind = KVMPROBE_SPTE_MARKED;
 	e->addr = gfn << 12;
@@ -197,7 +197,7 @@ int tp_kvm_emulate_insn(struct bpf_raw_tracepoint_args *ctx)
 		introduce_tp.call(ctx, 0);
 		count(KVMPROBE_LOST_STATE, KVMPROBE_EMULATE);
 	}
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_LIFECYCLE);
 	return 0;
 }
 
@@ -210,7 +210,7 @@ int tp_kvm_entry(struct bpf_raw_tracepoint_args *ctx)
 		introduce_tp.call(ctx, 0);
 		count(KVMPROBE_LOST_STATE, KVMPROBE_CACHE);
 	}
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_LIFECYCLE);
 	return 0;
 }
 
@@ -219,7 +219,7 @@ int tp_vcpu_match_mmio(struct bpf_raw_tracepoint_args *ctx)
 	struct now n = {};
 
 	on_match(&n, ctx->args[0], ctx->args[1], ctx->args[2], ctx->args[3]);
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_MATCH);
 	return 0;
 }
 
@@ -228,7 +228,7 @@ int tp_kvm_mmio(struct bpf_raw_tracepoint_args *ctx)
 	struct now n = {};
 
 	on_mmio(&n, ctx->args[0], ctx->args[1], ctx->args[2]);
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_MMIO);
 	return 0;
 }
 
@@ -237,7 +237,7 @@ int tp_kvm_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 	struct now n = {};
 
 	on_userspace_exit(&n, ctx->args[0], ctx->args[1]);
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_MMIO);
 	return 0;
 }
 
@@ -252,7 +252,7 @@ int tp_mark_mmio_spte(struct bpf_raw_tracepoint_args *ctx)
 	struct now n = {};
 
 	on_mark_spte(&n, ctx->args[0], ctx->args[1], ctx->args[2]);
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_SPTE);
 	return 0;
 }
 
@@ -261,6 +261,6 @@ int tp_check_mmio_spte(struct bpf_raw_tracepoint_args *ctx)
 	struct now n = {};
 
 	on_check_spte(&n, ctx->args[0], ctx->args[1], ctx->args[2]);
-	ship(n.vcpu, n.st);
+	finish(&n, KVMPROBE_SPTE);
 	return 0;
 }

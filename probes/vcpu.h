@@ -4,29 +4,29 @@
  * last met.
  */
 
-static __always_inline u64 leader_start(u8 type)
+static __always_inline u64 leader_start(u32 *failed)
 {
 	u64 task = bpf_get_current_task();
-	u64 leader = read_u64(task + OFF_TASK_GROUP_LEADER, type);
+	u64 leader = read_u64(task + OFF_TASK_GROUP_LEADER, failed);
 
-	return read_u64(leader + OFF_TASK_START_TIME, type);
+	return read_u64(leader + OFF_TASK_START_TIME, failed);
 }
 
 /* Report internal slots not reported before, through the queue of a vCPU: at most 6. */
-static __always_inline void report_internal_slots(struct vcpu_state *st, struct vm_state *vm, u64 kvm)
+static __always_inline void report_internal_slots(struct vcpu_state *st, struct vm_state *vm, u64 kvm, u32 *failed)
 {
 #pragma clang loop unroll(disable)
 	for (u32 as = 0; as < ADDRESS_SPACES; as++) {
 		struct memslots m = {};
 
-		read_memslots(&m, kvm, as, KVMPROBE_MEMSLOT);
+		read_memslots(&m, kvm, as, failed);
 #pragma clang loop unroll(disable)
 		for (u32 i = 0; i < 3; i++) {
 			u32 bit = 1U << (as * 3 + i);
 			struct kvmprobe_event *e;
 			struct slot s = {};
 
-			find_by_id(&s, &m, KVMPROBE_SLOT_TSS + i, KVMPROBE_MEMSLOT);
+			find_by_id(&s, &m, KVMPROBE_SLOT_TSS + i, failed);
 			if (s.id < 0) {
 				vm->internal &= ~bit;
 				continue;
@@ -47,10 +47,10 @@ static __always_inline void report_internal_slots(struct vcpu_state *st, struct 
 	}
 }
 
-static __always_inline void make_vm_key(struct vm_key *key, u64 kvm)
+static __always_inline void make_vm_key(struct vm_key *key, u64 kvm, u32 *failed)
 {
 	key->kvm = kvm;
-	key->start = leader_start(KVMPROBE_LIFECYCLE);
+	key->start = leader_start(failed);
 	key->tgid = bpf_get_current_pid_tgid() >> 32;
 	key->unused = 0;
 }
@@ -86,20 +86,21 @@ static __always_inline struct vm_state *get_vm(const struct vm_key *key, u64 gen
 }
 
 /* What VM_SEEN and VM_GONE say of a VM. */
-static __always_inline void tell_vm(struct kvmprobe_event *e, const struct vm_key *key, u8 kind)
+static __always_inline void tell_vm(struct kvmprobe_event *e, const struct vm_key *key, u8 kind, u32 *failed)
 {
+	u64 leader;
+
 	e->kind = kind;
 	e->addr = key->start;
 	e->aux = key->tgid;
 	if (kind != KVMPROBE_VM_SEEN)
 		return;
 	e->len = ADDRESS_SPACES;
-	if (bpf_probe_read_kernel(&e->value, 16, (void *)(read_u64(bpf_get_current_task() + OFF_TASK_GROUP_LEADER,
-								   KVMPROBE_LIFECYCLE) + OFF_TASK_COMM)))
-		count(KVMPROBE_LOST_READ, KVMPROBE_LIFECYCLE);
+	leader = read_u64(bpf_get_current_task() + OFF_TASK_GROUP_LEADER, failed);
+	note(failed, bpf_probe_read_kernel(&e->value, 16, (void *)(leader + OFF_TASK_COMM)));
 }
 
-static __always_inline void tell_lifecycle(struct vcpu_state *st, u8 kind, u8 site)
+static __always_inline void tell_lifecycle(struct vcpu_state *st, u8 kind, u8 site, u32 *failed)
 {
 	struct kvmprobe_event *e = begin(st, KVMPROBE_LIFECYCLE, site);
 
@@ -107,13 +108,13 @@ static __always_inline void tell_lifecycle(struct vcpu_state *st, u8 kind, u8 si
 	e->aux = st->tid;
 	e->len = ADDRESS_SPACES;
 	if (kind == KVMPROBE_VCPU_SEEN) {
-		e->addr = read_u64(bpf_get_current_task() + OFF_TASK_START_TIME, KVMPROBE_LIFECYCLE);
+		e->addr = read_u64(bpf_get_current_task() + OFF_TASK_START_TIME, failed);
 		bpf_get_current_comm(&e->value, 16);
 	}
 }
 
 /* A state for a vCPU seen for the first time. */
-static __always_inline struct vcpu_state *new_vcpu(u64 vcpu, u64 kvm)
+static __always_inline struct vcpu_state *new_vcpu(u64 vcpu, u64 kvm, u32 *failed)
 {
 	int zero = 0;
 	struct vcpu_state *st = fresh_vcpu.lookup(&zero);
@@ -127,7 +128,7 @@ static __always_inline struct vcpu_state *new_vcpu(u64 vcpu, u64 kvm)
 		return 0;
 	}
 	st->kvm = kvm;
-	st->id = (u16)read_u32(vcpu + OFF_VCPU_ID, KVMPROBE_LIFECYCLE);
+	st->id = (u16)read_u32(vcpu + OFF_VCPU_ID, failed);
 	return st;
 }
 
@@ -169,15 +170,14 @@ static __always_inline int arrive(struct now *n, u64 vcpu, u8 site, int emulatin
 
 	if (!cfg || !cfg->on || (cfg->tgid && cfg->tgid != tgid))
 		return NOT_WANTED;
-	if (cfg->vcpu != ~0U && cfg->vcpu != read_u32(vcpu + OFF_VCPU_ID, KVMPROBE_LIFECYCLE))
+	if (cfg->vcpu != ~0U && cfg->vcpu != read_u32(vcpu + OFF_VCPU_ID, &n->failed))
 		return NOT_WANTED;
 	thread = threads.lookup(&tid);
 	st = vcpus.lookup(&vcpu);
 	if (!thread || !st)
 		return UNKNOWN;
-	kvm = read_u64(vcpu + OFF_VCPU_KVM, KVMPROBE_LIFECYCLE);
-	if (bpf_probe_read_kernel(stat, sizeof(stat), (void *)(vcpu + OFF_VCPU_STAT)))
-		count(KVMPROBE_LOST_READ, KVMPROBE_LIFECYCLE);
+	kvm = read_u64(vcpu + OFF_VCPU_KVM, &n->failed);
+	note(&n->failed, bpf_probe_read_kernel(stat, sizeof(stat), (void *)(vcpu + OFF_VCPU_STAT)));
 	exits = stat[(OFF_VCPU_EXITS - OFF_VCPU_STAT) / 8];
 	insns = stat[(OFF_VCPU_INSNS - OFF_VCPU_STAT) / 8];
 	/* KVM's counters of one vCPU never go back; insn_emulation is counted after this tracepoint, so
@@ -186,9 +186,9 @@ static __always_inline int arrive(struct now *n, u64 vcpu, u8 site, int emulatin
 		       (emulating && st->insns > insns);
 	if (st->replaced || st->tid != tid)
 		return UNKNOWN;
-	flags = make_flags(vcpu, stat[(OFF_VCPU_GUEST_MODE - OFF_VCPU_STAT) / 8], KVMPROBE_NESTING);
+	flags = make_flags(vcpu, stat[(OFF_VCPU_GUEST_MODE - OFF_VCPU_STAT) / 8], &n->failed);
 	n->vcpu = vcpu;
-	read_now(n, kvm, flags, KVMPROBE_GENERATION);
+	read_now(n, kvm, flags);
 	before = st->flags;
 	if (cfg->generation_by_diff && st->gen != n->slots.gen && !((before ^ flags) & KVMPROBE_F_SMM))
 		return UNKNOWN;
@@ -227,7 +227,7 @@ static __always_inline int introduce(u64 vcpu, u8 site)
 	int known, is_new;
 	u32 before = 0; /* the VM that was at this address */
 
-	make_vm_key(&key, read_u64(vcpu + OFF_VCPU_KVM, KVMPROBE_LIFECYCLE));
+	make_vm_key(&key, read_u64(vcpu + OFF_VCPU_KVM, &n.failed), &n.failed);
 	vm = get_vm(&key, 0, &is_new);
 	if (!vm)
 		return -1;
@@ -246,32 +246,32 @@ static __always_inline int introduce(u64 vcpu, u8 site)
 	if (st)
 		release(st);
 	if (st && !known) {
-		tell_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_FIRST_SIGHT);
+		tell_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_FIRST_SIGHT, &n.failed);
 		if (before)
 			tell_vm(begin_vm(st, before, KVMPROBE_LIFECYCLE, KVMPROBE_AT_FIRST_SIGHT), &key,
-				KVMPROBE_VM_GONE);
+				KVMPROBE_VM_GONE, &n.failed);
 		ship(vcpu, st);
 	}
 	if (!known)
-		st = new_vcpu(vcpu, key.kvm);
+		st = new_vcpu(vcpu, key.kvm, &n.failed);
 	if (!st)
 		return -1;
 	if (is_new)
-		tell_vm(begin_vm(st, vm->vm, KVMPROBE_LIFECYCLE, KVMPROBE_AT_FIRST_SIGHT), &key, KVMPROBE_VM_SEEN);
+		tell_vm(begin_vm(st, vm->vm, KVMPROBE_LIFECYCLE, KVMPROBE_AT_FIRST_SIGHT), &key, KVMPROBE_VM_SEEN,
+			&n.failed);
 	n.vcpu = vcpu;
 	n.st = st;
 	st->tid = tid;
 	if (!known) {
 		st->vm = vm->vm;
 		st->tgid = key.tgid;
-		st->flags = make_flags(vcpu, read_u64(vcpu + OFF_VCPU_GUEST_MODE, KVMPROBE_LIFECYCLE),
-				       KVMPROBE_LIFECYCLE);
+		st->flags = make_flags(vcpu, read_u64(vcpu + OFF_VCPU_GUEST_MODE, &n.failed), &n.failed);
 		st->smm_seen = !!(st->flags & KVMPROBE_F_SMM);
 		if (st->smm_seen)
 			st->flags |= KVMPROBE_F_SMM_SEEN;
-		tell_lifecycle(st, KVMPROBE_VCPU_SEEN, KVMPROBE_AT_FIRST_SIGHT);
+		tell_lifecycle(st, KVMPROBE_VCPU_SEEN, KVMPROBE_AT_FIRST_SIGHT, &n.failed);
 	}
-	read_now(&n, key.kvm, st->flags, KVMPROBE_CACHE);
+	read_now(&n, key.kvm, st->flags);
 	if (known && st->gen != n.slots.gen)
 		tell_generation(&n, st->gen, site);
 	st->gen = n.slots.gen;
@@ -280,8 +280,10 @@ static __always_inline int introduce(u64 vcpu, u8 site)
 		sample_cache(&n, KVMPROBE_AT_FIRST_SIGHT);
 	}
 	ship(vcpu, st); /* the queue has no room for all */
-	report_internal_slots(st, vm, key.kvm);
+	report_internal_slots(st, vm, key.kvm, &n.failed);
 	ship(vcpu, st);
+	if (n.failed)
+		count(KVMPROBE_LOST_READ, KVMPROBE_LIFECYCLE);
 	return 0;
 }
 
@@ -338,6 +340,14 @@ static __always_inline struct thread_state *current_thread(void)
 	u32 tid = (u32)bpf_get_current_pid_tgid();
 
 	return threads.lookup(&tid);
+}
+
+/* The end of every program that has a vCPU; `type`: what is lost when memory could not be read. */
+static __always_inline void finish(struct now *n, u8 type)
+{
+	if (n->failed)
+		count(KVMPROBE_LOST_READ, type);
+	ship(n->vcpu, n->st);
 }
 
 /* The thread's vCPU, without a look at what it does now. */
