@@ -13,8 +13,8 @@ CAPTURE := tests/data/golden/lab-6.1-intel.kvmprobe
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint types unit model live packaging lab coverage bench lock \
-	install uninstall clean
+.PHONY: help setup demo test check lint types unit model live browser packaging lab soak shots \
+	coverage bench lock install uninstall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -25,7 +25,7 @@ setup: ## Install missing Debian packages (asks sudo), make .venv with everythin
 demo: setup ## Record this host's KVM with a tiny guest as the load, then analyze; then a real capture with the fault
 	@tools/demo $(CAPTURE)
 
-test: setup unit model live packaging ## Run all tests (live ones as root: asks sudo)
+test: setup unit model live browser packaging ## Run all tests (live ones as root: asks sudo)
 
 check: lint types unit ## Lint, types and unit tests: what to run before a commit, within 3 minutes
 
@@ -46,6 +46,10 @@ model: setup ## Hold the detector against a reference model of KVM's MMIO cache
 live: setup ## Run the tests that record this machine's KVM (as root: asks sudo)
 	@tools/stage live tools/live
 
+browser: setup ## Try the report in a real Chromium, and run the notebook
+	@tools/packages browser
+	@tools/stage browser $(RUN) pytest -rfEs tests/browser
+
 packaging: setup ## Build sdist and wheel and try the wheel outside the checkout
 	@tools/stage packaging $(RUN) pytest -rfEs tests/packaging
 
@@ -56,6 +60,13 @@ lab: setup ## Find the fault on real kernels in emulators; KERNEL= VENDOR= SCENA
 		$(foreach scenario,$(SCENARIO),--scenario $(scenario)) \
 		$(foreach backend,$(BACKEND),--backend $(backend)) $(if $(JOBS),--jobs $(JOBS)) \
 		$(if $(RESULTS),--results $(RESULTS))
+
+soak: setup ## Watch VMs that come and go for MINUTES (10): memory, descriptors, probes (as root: asks sudo)
+	@tools/stage soak tools/as root $(BIN)/python -m tests.soak $(or $(MINUTES),10)
+
+shots: setup ## Make the screenshots of the report in docs/shots
+	@tools/packages browser
+	@$(RUN) tests.browser
 
 coverage: setup ## Run the unit tests and show which lines they leave out
 	@$(RUN) pytest --cov tests/unit
