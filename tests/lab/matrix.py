@@ -46,7 +46,7 @@ BACKENDS = ("default", "kprobe", "fentry", "tracepoint")
 NO_CACHING = "kvm.mmio_caching=0"
 _MEMORY = {"amd": 2048, "intel": 1024}
 # A quiet machine needs 3 min in QEMU and 8 in Bochs, most of it for BCC's compiler.
-_LIMIT = {"amd": 1200.0, "intel": 2400.0}
+_LIMIT = {"amd": 1800.0, "intel": 2400.0}
 _LAB = Path(__file__).parent
 
 
