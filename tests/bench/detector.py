@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvmprobe.analysis.detector import Detector
 from kvmprobe.analysis.jit import available
+from kvmprobe.analysis.judge import Judge
 from kvmprobe.errors import KvmprobeError
 from kvmprobe.probes import schema
 from kvmprobe.probes.schema import Columns, Flag, Type
@@ -30,6 +31,12 @@ def _detect(batches: list[Columns], *, jit: bool) -> None:
     detector = Detector(jit=jit)
     for batch in batches:
         detector.feed(batch)
+
+
+def _judge(batches: list[Columns], *, jit: bool) -> None:
+    judge = Judge((), jit=jit)
+    for batch in batches:
+        judge.feed(batch)
 
 
 def _pandas(batches: list[Columns]) -> int:
@@ -66,6 +73,8 @@ def run() -> Result:
     ways: list[tuple[str, str, int, Callable[[list[Columns]], object]]] = [
         ("detector, numba", "calm", BATCHES, lambda b: _detect(b, jit=True)),
         ("detector, no numba", "calm", BATCHES, lambda b: _detect(b, jit=False)),
+        ("all of an analysis, numba", "calm", BATCHES, lambda b: _judge(b, jit=True)),
+        ("all of an analysis, no numba", "calm", BATCHES, lambda b: _judge(b, jit=False)),
         ("pandas groupby", "calm", BATCHES, _pandas),
         (
             "detector, numba",
@@ -83,6 +92,7 @@ def run() -> Result:
     rates: list[list[float]] = [[] for _ in ways]
     _detect(streams["calm"][:1], jit=True)  # compiles
     _detect(streams["memory behind every address"][:1], jit=True)
+    _judge(streams["calm"][: BATCHES // 2], jit=True)  # compiles once there are many
     _pandas(streams["calm"][:1])  # imports
     for _ in range(TURNS):
         for (_, name, count, way), reached in zip(ways, rates, strict=True):
@@ -104,6 +114,6 @@ def run() -> Result:
             for (way, name, _, _), median in zip(ways, medians, strict=True)
         ],
         f"{millions(medians[0])} events/s with numba on the calm stream (wanted: 50 M), "
-        f"{millions(medians[3])} on the other; {medians[0] / medians[2]:.0f} and "
-        f"{medians[3] / medians[2]:.0f} times pandas",
+        f"{millions(medians[5])} on the other; {medians[0] / medians[4]:.0f} and "
+        f"{medians[5] / medians[4]:.0f} times pandas",
     )

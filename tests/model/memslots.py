@@ -15,7 +15,8 @@ from kvmprobe.probes.schema import MemslotChange
 from tests.model.truth import PFN_ERROR, Truth
 
 if TYPE_CHECKING:
-    from tests.model.kernel import Spte, Vcpu
+    from tests.model.kernel import Vcpu
+    from tests.model.terms import Spte
 
 IN_PROGRESS = 1 << 63  #: KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
 SPTE_GENERATION = (1 << 19) - 1  #: MMIO_SPTE_GEN_MASK, 5.15 to 6.18

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmprobe.probes.schema import SLOT_TSS, Flag, Site, Type
-from tests.model.kernel import Cache
 from tests.model.memslots import Slot
+from tests.model.terms import Cache
 
 (
     L2, LEVEL_KNOWN, SMM, AS_KNOWN, DIRECT, NESTED_MMU, WRITE, UNSTABLE, SLOT_KNOWN, READONLY,

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmprobe.probes.schema import SLOT_APIC, SLOT_IDENTITY, SLOT_TSS
-from tests.model.kernel import Fate, How, Vcpu
+from tests.model.kernel import Vcpu
 from tests.model.memslots import Change, Kind, Slot, Vm
 from tests.model.probes import Probes
+from tests.model.terms import Fate, How
 from tests.model.truth import APIC_GFN, PFN_ERROR, Truth
 
 TSS_GFN, IDENTITY_GFN = 0xFFFBD, 0xFFFBC

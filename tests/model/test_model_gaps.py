@@ -12,9 +12,9 @@ import pytest
 
 from kvmprobe.probes.schema import SLOT_TSS
 from tests.model.check import say
-from tests.model.kernel import Fate, How, Result
 from tests.model.memslots import Change, Slot
 from tests.model.probes import Probes
+from tests.model.terms import Fate, How, Result
 from tests.model.test_model_tables import K6_1_192, K6_12_107, K6_12_117, Rig, X
 
 TSS, ROOM = 0xFFFBD, Slot(0, 0x100, 0x100)

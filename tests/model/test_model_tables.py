@@ -14,10 +14,11 @@ import pytest
 
 from kvmprobe.probes.schema import SLOT_IDENTITY, SLOT_TSS, Flag, Site, Type
 from tests.model.check import problems, say
-from tests.model.kernel import How, Result, Vcpu
+from tests.model.kernel import Vcpu
 from tests.model.memslots import Change, Kind, Slot, Vm
 from tests.model.probes import Probes
 from tests.model.runs import Run
+from tests.model.terms import How, Result
 from tests.model.truth import Truth, What
 
 PLAIN, STRING, FORCED = How.PLAIN, How.STRING, How.FORCED
