@@ -38,7 +38,7 @@ static __always_inline u32 see_memslots(struct stat_thread *st, struct memslots 
 static __always_inline s16 slot_of(struct stat_thread *st, u64 gfn)
 {
 	struct memslots m = {}, again = {};
-	u32 as = see_memslots(st, &m);
+	u32 as = see_memslots(st, &m), failed = 0;
 	struct slot s = {};
 
 	if (m.gen >> 63)
@@ -46,9 +46,11 @@ static __always_inline s16 slot_of(struct stat_thread *st, u64 gfn)
 	/* an address space is part of its generations: one is even, the other odd */
 	if (st->memo_gfn == gfn && st->memo_gen == m.gen && st->memo_as == as + 1)
 		return st->memo_slot;
-	find_by_gfn(&s, &m, gfn, 0);
-	read_memslots(&again, st->kvm, as, 0);
-	if (again.address != m.address || again.gen != m.gen || (s.flags & KVMPROBE_F_UNSTABLE))
+	find_by_gfn(&s, &m, gfn, &failed);
+	read_memslots(&again, st->kvm, as, &failed);
+	if (failed)
+		count_failure();
+	if (failed || again.address != m.address || again.gen != m.gen || (s.flags & KVMPROBE_F_UNSTABLE))
 		return SLOT_UNKNOWN;
 	st->memo_gfn = gfn;
 	st->memo_gen = m.gen;
@@ -113,7 +115,7 @@ static __always_inline struct stat_thread *introduce(u64 vcpu, u32 tid, u32 tgid
 	vm = vms.lookup(&key);
 	if (!vm) {
 		if (vm_numbers.pop(&new_vm.vm)) {
-			count(0, 0);
+			count_failure();
 			return 0;
 		}
 		bpf_probe_read_kernel(new_vm.comm, sizeof(new_vm.comm), (void *)(leader + OFF_TASK_COMM));
@@ -170,7 +172,7 @@ static __always_inline void close_fault(struct stat_thread *st)
 		key.a = fault & FAULT_RSVD ? RESULT_MMIO : RESULT_EMULATED;
 	else
 		key.a = RESULT_RETRY;
-	note(st, &key);
+	keep(st, &key);
 }
 
 /* The reason of an exit: it lies in the vendor's own structures. */
@@ -187,16 +189,36 @@ static __always_inline u64 read_reason(u64 vcpu, u32 isa)
 	return REASON_UNKNOWN;
 }
 
+/* Give what was emulated on this CPU to its thread. */
+static __always_inline void settle(struct stat_emulating *e)
+{
+	u32 tid = (u32)e->pid_tgid;
+	struct stat_thread *st;
+
+	e->vcpu = 0;
+	if (!e->insns)
+		return;
+	st = threads.lookup(&tid);
+	if (st) /* it may run on another CPU now */
+		__sync_fetch_and_add(&st->insns, e->insns);
+	e->insns = 0;
+}
+
 #define EPT_MISCONFIG 49
 
 /* kvm_exit(vcpu, isa) */
 int tp_kvm_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct stat_thread *st = arrive(ctx->args[0]);
+	struct stat_emulating *e;
+	int zero = 0;
 
 	if (!st)
 		return 0;
-	if (st->exit_ts) /* its entry was not seen */
+	e = emulating.lookup(&zero);
+	if (e && e->vcpu)
+		settle(e);
+	if (st->n_pending || st->insns) /* of before the exit, or of one without an entry */
 		count_pending(st, 0, 0);
 	st->level = read_level(st->vcpu);
 	st->isa = ctx->args[1];
@@ -247,16 +269,32 @@ int tp_kvm_entry(struct bpf_raw_tracepoint_args *ctx)
 /* kvm_emulate_insn(vcpu, failed): `failed` is the second time for the same instruction. */
 int tp_kvm_emulate_insn(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct stat_thread *st = arrive(ctx->args[0]);
+	u64 vcpu = ctx->args[0], pid_tgid = bpf_get_current_pid_tgid();
+	struct stat_emulating *e;
 	struct stat_key key = {};
+	struct stat_thread *st;
+	int zero = 0;
 
+	e = emulating.lookup(&zero);
+	if (!e)
+		return 0;
+	if (e->vcpu == vcpu && e->pid_tgid == pid_tgid && !(u8)ctx->args[1]) {
+		e->insns++;
+		return 0;
+	}
+	settle(e);
+	st = arrive(vcpu);
 	if (!st)
 		return 0;
 	if ((u8)ctx->args[1]) {
 		make_key(&key, st, TABLE_EMULATE);
 		key.a = 1;
-		note(st, &key);
+		keep(st, &key);
 		return 0;
+	}
+	if (!st->exit_ts) {
+		e->vcpu = vcpu;
+		e->pid_tgid = pid_tgid;
 	}
 	st->insns++;
 	if (st->fault)
@@ -275,7 +313,7 @@ int tp_vcpu_match_mmio(struct bpf_raw_tracepoint_args *ctx)
 	make_key(&key, st, TABLE_HIT);
 	key.a = st->filler;
 	key.slot = slot_of(st, ctx->args[1] >> 12);
-	note(st, &key);
+	keep(st, &key);
 	return 0;
 }
 
@@ -298,7 +336,7 @@ int tp_kvm_mmio(struct bpf_raw_tracepoint_args *ctx)
 	key.what = gpa & ~0xfffULL;
 	key.a = type == KVMPROBE_MMIO_WRITE;
 	key.slot = slot_of(st, gpa >> 12);
-	note(st, &key);
+	keep(st, &key);
 	return 0;
 }
 
@@ -310,7 +348,7 @@ static __always_inline void note_fill(struct stat_thread *st, u64 gfn, u8 how)
 	make_key(&key, st, TABLE_FILL);
 	key.a = how;
 	key.slot = slot_of(st, gfn);
-	note(st, &key);
+	keep(st, &key);
 }
 
 /* handle_mmio_page_fault(addr, gfn, access): the cache is refilled from an MMIO SPTE right after this. */
@@ -333,7 +371,7 @@ int tp_mark_mmio_spte(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	make_key(&key, st, TABLE_SPTE);
 	key.a = KVMPROBE_SPTE_MARKED;
-	note(st, &key);
+	keep(st, &key);
 	return 0;
 }
 
@@ -347,7 +385,7 @@ int tp_check_mmio_spte(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	make_key(&key, st, TABLE_SPTE);
 	key.a = (u32)ctx->args[1] == (u32)ctx->args[2] ? KVMPROBE_SPTE_VALID : KVMPROBE_SPTE_STALE;
-	note(st, &key);
+	keep(st, &key);
 	return 0;
 }
 

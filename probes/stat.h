@@ -27,7 +27,7 @@ struct stat_key {
 	u8 table;
 	u8 level; /* 1 or 2 */
 	u8 a;     /* see kvmprobe/stat/model.py */
-	u8 b;
+	u8 unused;
 	u32 n;    /* of a pending key: how often; of a row's: 0 */
 };
 
@@ -64,7 +64,7 @@ struct stat_thread {
 	u64 first_gen[2];
 	u64 memo_gfn;    /* the last lookup of a gfn */
 	u64 memo_gen;
-	struct stat_key pending[PENDING]; /* seen in the open exit; they get its time */
+	struct stat_key pending[PENDING]; /* not counted yet: see keep() */
 	u32 vm;
 	u32 n_pending;
 	u16 id;
@@ -80,6 +80,17 @@ struct stat_thread {
 };
 BPF_TABLE("lru_hash", u32, struct stat_thread, threads, 16384);
 BPF_ARRAY(fresh_thread, struct stat_thread, 1);
+
+/*
+ * The thread that emulates on this CPU without an exit, and what it emulated: such instructions come by
+ * the million, and a look at this is cheaper than a lookup of the thread.
+ */
+struct stat_emulating {
+	u64 pid_tgid;
+	u64 vcpu;
+	u64 insns;
+};
+BPF_PERCPU_ARRAY(emulating, struct stat_emulating, 1);
 
 struct vm_key {
 	u64 kvm;
@@ -101,8 +112,7 @@ static __always_inline struct stat_totals *get_totals(void)
 	return totals.lookup(&zero);
 }
 
-/* What probes/kernel.h calls for a read that failed. */
-static __always_inline void count(u32 cause, u8 type)
+static __always_inline void count_failure(void)
 {
 	struct stat_totals *t = get_totals();
 
@@ -201,28 +211,29 @@ static __always_inline void make_key(struct stat_key *key, const struct stat_thr
 }
 
 /*
- * Count what a key says: at the next entry, with the time of the exit, or at once where no exit is open
- * (VMX emulates invalid guest state without one) or where too much happens in one.
+ * Keep what a key says for the next entry, which knows the time of the exit.  Where no exit is open (VMX
+ * emulates invalid guest state without one) it stays until there is one, which spares lookups of rows;
+ * user space adds what is kept.  What finds no place is counted at once, without a time.
  */
-static __always_inline void note(struct stat_thread *st, struct stat_key *key)
+static __always_inline void keep(struct stat_thread *st, struct stat_key *key)
 {
-	u32 i = st->n_pending;
-	struct stat_key *last;
+	u32 n = st->n_pending;
+	struct stat_key *kept;
 
-	if (st->exit_ts && i) {
-		last = &st->pending[(i - 1) & (PENDING - 1)];
-		if (last->what == key->what && last->table == key->table && last->a == key->a &&
-		    last->b == key->b && last->slot == key->slot) {
-			last->n++;
+#pragma unroll
+	for (u32 i = 0; i < PENDING; i++) {
+		kept = &st->pending[i];
+		if (i < n && kept->what == key->what && kept->table == key->table && kept->a == key->a &&
+		    kept->slot == key->slot && kept->level == key->level && kept->n != ~0U) {
+			kept->n++;
 			return;
 		}
 	}
-	if (st->exit_ts && i < PENDING) {
+	if (n < PENDING) {
 		key->n = 1;
-		st->pending[i & (PENDING - 1)] = *key;
-		st->n_pending = i + 1;
+		st->pending[n & (PENDING - 1)] = *key;
+		st->n_pending = n + 1;
 		return;
 	}
-	key->n = 0;
 	add_to_row(key, 1, 0, 0, 0);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections import Counter
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
@@ -135,9 +136,14 @@ class StatProgram(Program):
             n.value = 0
         return keys[: n.value], values[: n.value]
 
-    def totals(self) -> NDArray[Any]:
-        """The totals, one a CPU."""
-        table = self._bpf[b"totals"]
+    def per_cpu(self, name: str) -> NDArray[Any]:
+        """The one value of a map that has it for each CPU; shape (CPUs,).
+
+        Raises:
+            HostError: the kernel refused.
+
+        """
+        table = self._bpf[name.encode()]
         values = np.zeros(self._cpus, np.dtype(table.sLeaf))
         key = ctypes.c_int(0)
         if self._bcc.lib.bpf_lookup_elem(
@@ -224,7 +230,7 @@ class LiveStat:
         counted = Counted(seconds=(self._stopped or time.monotonic()) - self._started)
         counted.notes = list(self.notes)
         # Before the rows: what comes meanwhile must not look evicted.
-        totals = program.totals()
+        totals = program.per_cpu("totals")
         present = 0
         for name in ("rows", "pages"):
             keys, values = program.read(name)
@@ -247,15 +253,19 @@ class LiveStat:
     def _add_threads(self, counted: Counted) -> None:
         """Add what the vCPUs' threads still hold: of exits without their entry, and generations."""
         generations: dict[tuple[int, int], tuple[int, int]] = {}
-        _, threads = self._need().read("threads")
-        for thread in threads:
+        program = self._need()
+        emulating: Counter[int] = Counter()
+        for cpu in program.per_cpu("emulating"):
+            emulating[int(cpu["pid_tgid"]) & 0xFFFFFFFF] += int(cpu["insns"])
+        tids, threads = program.read("threads")
+        for tid, thread in zip(tids.tolist(), threads, strict=True):
             vm, vcpu, level = int(thread["vm"]), int(thread["id"]), int(thread["level"])
             if not vm:
                 continue
             for key in thread["pending"][: int(thread["n_pending"])]:
                 counted.add(_key(key), int(key["n"]))
-            if thread["insns"]:
-                counted.add(Key(Table.EMULATE, vm, vcpu, level), int(thread["insns"]))
+            if insns := int(thread["insns"]) + emulating[tid]:
+                counted.add(Key(Table.EMULATE, vm, vcpu, level), insns)
             if thread["fault"]:
                 result = result_of(int(thread["fault"]))
                 counted.add(Key(Table.FAULT, vm, vcpu, level, a=result), 1)
