@@ -19,7 +19,7 @@ from kvmprobe.probes.schema import (
     Type,
 )
 from tests.model.kernel import Vcpu
-from tests.model.memslots import IN_PROGRESS, Vm
+from tests.model.memslots import IN_PROGRESS, Slot, Vm
 from tests.model.rows import (
     AS_KNOWN,
     CANDIDATE,
