@@ -93,10 +93,8 @@ def test_a_recording_says_the_same() -> None:
 
     assert without_slot(counted) == without_slot(recorded)
     assert len(without_slot(counted)) == 4  # two vCPUs, two directions
-    # A deletion is two generations.  A change after the last access is seen by the recording only.
-    generations = recorded.total(Table.GENERATION)
-    assert did.memslot_changes <= generations
-    assert 0 < counted.total(Table.GENERATION) <= generations
+    # The recording looks at every instruction, the count at every access.
+    assert 0 < counted.total(Table.GENERATION) <= recorded.total(Table.GENERATION)
     (vm,) = counted.vms.values()
     assert vm.pid == os.getpid()
 
