@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from kvmprobe.analysis.run import Analysis
+    from kvmprobe.frames import FindingsFrame
 
 #: Most events that become one DataFrame without a limit: about 1.4 GB.
 MAX_FRAME_EVENTS = 20_000_000
@@ -195,7 +196,7 @@ class Capture:
 
         return analyze([self._reader])
 
-    def findings(self, **filters: Unpack[Filters]) -> pd.DataFrame:
+    def findings(self, **filters: Unpack[Filters]) -> FindingsFrame:
         """The findings of the whole capture, one a row; `analysis.frame` describes the columns.
 
         The filters choose among them: those of a VM or vCPU, and those that were seen at some time

@@ -110,7 +110,7 @@ class FindingsFrame(pd.DataFrame):
     def _constructor(self) -> type[FindingsFrame]:
         return FindingsFrame
 
-    def _repr_html_(self) -> str | None:
+    def _repr_html_(self) -> str:
         from kvmprobe.analysis.html import table
 
         shown = self.head(_SHOWN)

@@ -67,9 +67,13 @@ def new_cells(size: int) -> NDArray[Any]:
 
 
 def join(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Cells in order of (lane, bin), those of one bin as one; the later part has the last word."""
+    """Cells in order of (lane, bin), those of one bin as one; the later part has the last word.
+
+    One part alone is in order already: its bins became wider.
+    """
     cells = np.concatenate(parts)
-    cells = cells[np.lexsort((cells["bin"], cells["lane"]))]
+    if len(parts) > 1:
+        cells = cells[np.lexsort((cells["bin"], cells["lane"]))]
     new = np.ones(len(cells), np.bool_)
     new[1:] = (np.diff(cells["lane"]) != 0) | (np.diff(cells["bin"]) != 0)
     starts = np.flatnonzero(new)

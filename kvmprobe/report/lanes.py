@@ -269,7 +269,6 @@ class Lanes:
     def _compact(self) -> None:
         """Join what is pending with the table; widen bins until it is small enough."""
         if self._pending:
-            # Cells made before bins became wider are brought to the present width here.
             self._cells = join([self._cells, *self._pending])
             self._pending, self._pending_size = [], 0
         while len(self._cells) > self._max_cells:

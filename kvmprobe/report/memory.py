@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvmprobe.probes.schema import Columns, Flag, MemslotChange, Type
 
@@ -65,6 +67,9 @@ class Memory:
         # Pages of memory apart from pages of devices, so that no flood of these hides those.
         self._pages: tuple[dict[tuple[int, int], Page], ...] = ({}, {})
         self._placements: dict[tuple[int, int, int, int], Placement] = {}
+        # Pages and VMs met so far, in order: to find them is quicker than to sort each batch.
+        self._seen: NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._vms: NDArray[np.uint32] = np.empty(0, np.uint32)
         #: Counts that were left out.
         self.more_pages = 0
         self.more_placements = 0
@@ -101,13 +106,22 @@ class Memory:
 
     def _count(self, rows: Columns) -> None:
         """Count the events of each page."""
-        memory = (rows["slot"] >= 0) & (rows["addr"] >> _PAGE_SHIFT != 0)
-        vms, vm = np.unique(rows["vm"], return_inverse=True)
-        gfns, gfn = np.unique(rows["addr"] >> _PAGE_SHIFT, return_inverse=True)
-        codes, at = np.unique((gfn * len(vms) + vm) * 2 + memory, return_inverse=True)
+        page = rows["addr"] >> _PAGE_SHIFT
+        memory = (rows["slot"] >= 0) & (page != 0)
+        self._vms, vm = _numbered(rows["vm"], self._vms[:MAX_PAGES])
+        vms = self._vms
+        self._seen, gfn = _numbered(page, self._seen[:MAX_PAGES])
+        gfns, code = self._seen, (gfn * len(vms) + vm) * 2 + memory
+        if len(gfns) * len(vms) < 1 << 15:
+            codes = np.flatnonzero(np.bincount(code))
+            at = np.zeros(int(code.max()) + 1, np.int64)
+            at[codes] = np.arange(len(codes))
+            at = at[code]
+        else:
+            codes, at = np.unique(code, return_inverse=True)
         level = rows["flags"] & np.uint32(Flag.L2 | Flag.LEVEL_KNOWN)
         fill = rows["type"] == Type.FILL
-        l1 = fill & (level == Flag.LEVEL_KNOWN)
+        l1 = fill & (level == np.uint32(Flag.LEVEL_KNOWN))
         l2 = fill & (level == np.uint32(Flag.L2 | Flag.LEVEL_KNOWN))
         counts = [
             np.bincount(at[chosen], minlength=len(codes)).tolist()
@@ -120,7 +134,7 @@ class Memory:
             )
         ]
         slots = np.full(len(codes), -1, np.int64)
-        np.maximum.at(slots, at, rows["slot"])
+        np.maximum.at(slots, at[memory], rows["slot"][memory])
         # Memory comes first: no flood in one batch hides it.
         order = np.argsort(codes % 2 == 0, kind="stable")[: 2 * MAX_PAGES]
         for n, code in zip(order.tolist(), codes[order].tolist(), strict=True):
@@ -154,3 +168,15 @@ class Memory:
         placement.spaces.add(space)
         placement.present.add(space)
         placement.flags = event["aux"]
+
+
+def _numbered(values: NDArray[Any], known: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """All of `known` (sorted) and `values` in order, and each value's place among them."""
+    if not len(known):
+        known = np.unique(values)
+    at = np.searchsorted(known, values)
+    missing = known[np.minimum(at, len(known) - 1)] != values
+    if missing.any():
+        known = np.union1d(known, values[missing])
+        at = np.searchsorted(known, values)
+    return known, at

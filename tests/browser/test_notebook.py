@@ -24,7 +24,7 @@ def outputs(notebook: Any) -> list[str]:  # noqa: ANN401 - nbformat has no types
 
 def test_the_notebook_gives_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    said = nbformat.read(NOTEBOOK, as_version=4)
+    said = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     run = copy.deepcopy(said)
     resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
     NotebookClient(run, timeout=120, kernel_name="python3", resources=resources).execute()
