@@ -109,6 +109,8 @@ class _Peeked:
         try:
             return self._stream.read(_PIECE)
         except CaptureError:
+            if not self.head:
+                raise
             # It is met again when the rest is read.
             return b""
 
@@ -164,7 +166,10 @@ def detect(path: Path, file: BinaryIO) -> Source:
         stream = _Zstd(file)
     else:
         packed = False
-    peeked = _Peeked(stream)
+    try:
+        peeked = _Peeked(stream)
+    except CaptureError as error:
+        raise CaptureError(f"{path}: {error}") from error
     kind = _kind(path, peeked.head)
     if kind in ("trace.dat", "perf.data"):
         if packed or not file.seekable():

@@ -206,7 +206,12 @@ def _losses(tally: Tally, translator: Translator) -> NDArray[Any]:
 
 
 def _doubts(translator: Translator) -> list[str]:
-    """Say what rests on nothing but a well-known address."""
+    """Say what rests on nothing but a well-known address, or that nothing could be told."""
+    if not translator.vcpus:
+        return [
+            "no event says which vCPU a thread runs, so nothing can be kept: record kvm_entry, "
+            "kvm_exit or kvm_page_fault too"
+        ]
     return [
         f"accesses at {page << 12:#x}, a well-known address of KVM's own memory, look like the "
         "fault, but the trace shows no memory there: with unrestricted guest it is a hole; where "

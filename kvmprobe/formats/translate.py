@@ -117,6 +117,11 @@ class Translator:
         self._held = records[cut:].copy()
         return self._translate(records[:cut])
 
+    @property
+    def vcpus(self) -> int:
+        """How many vCPUs were met."""
+        return self._identity.count
+
     def finish(self) -> NDArray[Any]:
         """Return the events that waited for more; what is fed later is another trace."""
         records, self._held = self._held, np.empty(0, RECORD)

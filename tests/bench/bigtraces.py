@@ -15,6 +15,7 @@ import numpy as np
 from kvmprobe.errors import KvmprobeError
 from kvmprobe.formats.perfdata import PerfDataReader
 from kvmprobe.formats.records import Tally
+from kvmprobe.formats.tracedat import TraceDatReader
 from kvmprobe.formats.tracedat_header import read_header
 from tests.traces import path_of
 
@@ -73,8 +74,8 @@ def perf_data(path: Path, copies: int) -> int:
     return copies * len(at)
 
 
-def trace_dat(path: Path, copies: int) -> None:
-    """Write a trace.dat of version 6 whose pages come `copies` times.
+def trace_dat(path: Path, copies: int) -> int:
+    """Write a trace.dat of version 6 whose pages come `copies` times; returns its events.
 
     Raises:
         KvmprobeError: trace-cmd, which makes version 6 of the real one, is missing.
@@ -102,3 +103,7 @@ def trace_dat(path: Path, copies: int) -> None:
             times += span
     real.unlink()
     old.unlink()
+    tally = Tally()
+    for _ in TraceDatReader(io.BytesIO(data), tally):
+        pass
+    return copies * tally.read

@@ -18,7 +18,8 @@ from kvmprobe.formats.importer import import_traces
 from kvmprobe.formats.slots import Slot, stated
 from kvmprobe.probes.schema import Flag, Type
 from kvmprobe.store.reader import CaptureReader
-from tests.traces import SLOTS, events_of, path_of, translated
+from kvmprobe.store.writer import CaptureWriter
+from tests.traces import SLOTS, events_of, line, path_of, translated
 
 KINDS = ("ftrace.txt", "trace.dat", "perf.data", "perf.txt")
 NAMES = {
@@ -196,3 +197,49 @@ def test_a_touched_hole_at_a_well_known_address_leaves_the_verdict_open(tmp_path
 def test_well_known_addresses_convict_where_the_trace_shows_memory(tmp_path: Path) -> None:
     capture = imported(path_of("intel-6.1", "perf.data"), tmp_path, ())
     assert {f.rule.id for f in capture.findings} >= {"internal-slot-fill", "internal-slot-hit"}
+
+
+def test_a_trace_that_names_no_vcpu_says_so(tmp_path: Path) -> None:
+    text = line(1, "kvm_mmio", "mmio write len 4 gpa 0xfee000b0 val 0x0")
+    (tmp_path / "x").write_text(text)
+    done = import_traces([tmp_path / "x"], tmp_path / "y")
+    assert (done.tally.read, done.events) == (1, 0)
+    assert [doubt[:40] for doubt in done.doubts] == ["no event says which vCPU a thread runs, "]
+
+
+def test_an_old_capture_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    output = tmp_path / "y"
+    import_traces([path_of("intel-6.1", "perf.txt")], output)
+    before = output.read_bytes()
+    (tmp_path / "x").write_text("no trace\n")
+    with pytest.raises(CaptureError, match="no event in it"):
+        import_traces([tmp_path / "x"], output, force=True)
+    with CaptureReader(output) as reader, CaptureReader(output) as same:
+        header = reader.header
+        with (
+            pytest.raises(ZeroDivisionError),
+            CaptureWriter(output, header, force=True, whole=True),
+        ):
+            1 / 0  # noqa: B018
+        assert len(list(same.batches())) == 1
+    assert output.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
+
+
+@pytest.mark.parametrize("packing", ["gzip", "xz", "zstd"])
+def test_cut_packed_text_is_an_error_and_salvage_keeps_lines(packing: str, tmp_path: Path) -> None:
+    data = lzma.decompress(path_of("intel-6.1", "ftrace.txt").read_bytes()) * 20
+    packed = {
+        "gzip": gzip.compress,
+        "xz": lzma.compress,
+        "zstd": lambda text: pa.Codec("zstd").compress(text, asbytes=True),
+    }[packing](data)
+    (tmp_path / "x").write_bytes(packed[:-30])
+    with pytest.raises(CaptureError, match="damaged or cut before byte"):
+        import_traces([tmp_path / "x"], tmp_path / "y")
+    done = import_traces([tmp_path / "x"], tmp_path / "y", salvage=True)
+    assert done.events > 0
+    assert len(done.ended) == 1
+    (tmp_path / "x").write_bytes(packed[:20])
+    with pytest.raises(CaptureError, match="damaged or cut before byte"):
+        import_traces([tmp_path / "x"], tmp_path / "z")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,8 +21,8 @@ pytestmark = pytest.mark.skipif(not available(), reason="numba is missing, or KV
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Iterator[Loops]:
-    yield loops()
+def compiled() -> Loops:
+    return loops()
 
 
 @pytest.mark.parametrize("path", sorted(TRACES.rglob("*.xz")), ids=lambda path: path.name)
@@ -47,7 +46,9 @@ def test_same_of_damaged_traces(kind: str, compiled: Loops) -> None:
 
 def test_many_threads_and_vcpus(compiled: Loops) -> None:
     text = "".join(
-        line(i, "kvm_entry", f"vcpu {i % 700}, rip 0x0", task=f"CPU {i % 700}/KVM-{4000 + i % 1400}")
+        line(
+            i, "kvm_entry", f"vcpu {i % 700}, rip 0x0", task=f"CPU {i % 700}/KVM-{4000 + i % 1400}"
+        )
         + line(i, "kvm_mmio", "mmio write len 4 gpa 0xfee000b0 val 0x0", task=f"x-{4000 + i % 900}")
         for i in range(3000)
     )
