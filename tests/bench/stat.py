@@ -117,7 +117,8 @@ def run() -> Result:
     return Result(
         "Counting",
         f"The load guest writes and reads a hole {ROUNDS * MIX.mmio:,} times a turn, without any "
-        f"pause; CPU time of its thread for an exit, the least of {TURNS} turns (perf: {PERF_TURNS}), in turns.",
+        f"pause; CPU time of its thread for an exit, the least of {TURNS} turns "
+        f"(perf: {PERF_TURNS}).",
         ("with", "ns an exit", "against nothing attached"),
         [
             (name, f"{time_of:,.0f}", f"{100 * (time_of / base - 1):+.1f} %")
