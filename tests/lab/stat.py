@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m tests.lab.stat --perf DIR`: kvmprobe stat, perf kvm stat and KVM's counters of one run.
+"""`python -m tests.lab.stat --perf DIR`: kvmprobe stat, perf kvm stat and KVM, of one run.
 
 DIR holds `perf` and, in `lib`, the libraries that the lab's root does not have.
 """
