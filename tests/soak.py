@@ -27,7 +27,10 @@ _GUESTS = 3
 
 @dataclass
 class Soaked:
-    """What was measured, once a second: anonymous memory in kB, and open descriptors."""
+    """What was measured: over time anonymous memory in kB and open descriptors, and totals.
+
+    `cpu_seconds` are the watch's own, from when its probes were attached.
+    """
 
     memory: list[int] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
@@ -63,6 +66,7 @@ def soak(directory: Path, seconds: float, warm_up: float) -> Soaked:
         watch.watching()
         pid = watch.process.pid
         begin = time.monotonic()
+        before = watch.metrics()["process_cpu_seconds_total"]
         try:
             while (now := time.monotonic()) - begin < warm_up + seconds:
                 for guest, until in [*guests]:
@@ -85,7 +89,7 @@ def soak(directory: Path, seconds: float, warm_up: float) -> Soaked:
                 guest.wait()
         status = watch.until(lambda status: status.vms_seen > 0)
         result.vms, result.lost = status.vms_seen, sum(status.lost.values())
-        result.cpu_seconds = watch.metrics()["process_cpu_seconds_total"]
+        result.cpu_seconds = watch.metrics()["process_cpu_seconds_total"] - before
         result.seconds = time.monotonic() - begin
         watch.signal(signal.SIGTERM)
         result.code, _ = watch.end()
@@ -106,8 +110,7 @@ def main() -> None:
     print(
         f"{result.seconds:.0f} s, {result.vms} VMs, {result.lost} records lost; anonymous memory "
         f"{result.memory[0]} to {result.memory[-1]} kB, at most {max(result.memory)}; descriptors "
-        f"{result.descriptors[0]} to {result.descriptors[-1]}; CPU {result.cpu_seconds:.1f} s with "
-        "the start"
+        f"{result.descriptors[0]} to {result.descriptors[-1]}; CPU {result.cpu_seconds:.2f} s"
     )
     for problem in result.problems():
         print(problem)
