@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`python tests/bench [NAME...]`: measure and print; without names write docs/benchmarks.md.
 
-The names are drain, detector, start, guest and writer; without any, all run.  The status is 1 when
-one could not.
+The names are drain, detector, start, guest, writer and importers; without any, all run.  The status
+is 1 when one could not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path[0] = str(ROOT)
 
 from kvmprobe.errors import KvmprobeError  # noqa: E402
 from kvmprobe.host.bccload import load_bcc  # noqa: E402
-from tests.bench import detector, drain, guest, start, writer  # noqa: E402
+from tests.bench import detector, drain, guest, importers, start, writer  # noqa: E402
 from tests.bench.result import Result  # noqa: E402
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -30,6 +30,7 @@ BENCHES: dict[str, Callable[[], Result]] = {
     "start": start.run,
     "guest": guest.run,
     "writer": writer.run,
+    "importers": importers.run,
 }
 
 INTRODUCTION = """\
