@@ -147,10 +147,11 @@ def test_a_guest_that_touches_many_pages() -> None:
 
 
 def test_other_processes_are_not_counted() -> None:
-    other = [sys.executable, "-m", "kvmprobe.guests.load", "--seconds", "1", "--rate", "500"]
-    counted = count(
-        lambda: subprocess.run(other, cwd=ROOT, check=True, capture_output=True) and None
-    )
+    def work() -> None:
+        command = [sys.executable, "-m", "kvmprobe.guests.load", "--seconds", "1", "--rate", "500"]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+    counted = count(work)
     assert counted.cells == {}
     assert counted.vms == {}
 
