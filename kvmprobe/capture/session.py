@@ -356,10 +356,12 @@ class Session:
         return columns(events[np.lexsort((events["seq"], events["ts"], vcpu, events["vm"]))])
 
     def release_compiler(self) -> None:
-        """Give back what LLVM took, about 100 MB: freed heap, and pages of its libraries.
+        """Give back what LLVM and the reading of BTF took: freed heap, pages of libraries.
 
-        They are read again when they are needed.  Best effort: a kernel that refuses keeps them.
+        After `attach()`.  What is touched again is read again.
         """
+        for name in ("_btf", "_symbols"):
+            self.__dict__.pop(name, None)
         release_memory(("libLLVM", "libclang", "libbcc"))
 
     def close(self) -> None:
