@@ -358,7 +358,9 @@ class PerfDataReader:
         """Take the waiting records with times up to `upto` (None: all), in order of time."""
         if upto is not None and self._count <= _MOST_WAITING and not self._round:
             return np.empty(0, RECORD)
-        waiting = np.concatenate([np.empty(0, RECORD), *self._waiting])
+        # As words: numpy takes long to agree on a common type of many arrays of records.
+        parts = [np.empty(0, np.uint64), *(part.view(np.uint64) for part in self._waiting)]
+        waiting = np.concatenate(parts).view(RECORD)
         times = waiting["ts"].copy()
         if (times[1:] < times[:-1]).any():
             waiting = waiting[np.argsort(times, kind="stable")]
