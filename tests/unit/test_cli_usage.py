@@ -20,7 +20,12 @@ from kvmprobe.errors import UsageError
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/data/golden/intel-6.1-tss.kvmprobe"
 KVMPROBE = (sys.executable, "-c", "from kvmprobe.cli.main import main; main()")
-COMMANDS = ("record", "analyze", "info", "import", "export", "rules", "doctor")
+COMMANDS = (
+    *("record", "analyze", "info", "import", "export", "rules", "doctor"),
+    *("watch", "ack", "stat", "report"),
+)
+#: Their usage errors end with 3, what monitoring plugins call unknown.
+PLUGINS = ("verify", "check")
 
 #: Call the command in this process: (status, stdout, stderr).
 Call = Callable[..., tuple[int, str, str]]
@@ -49,7 +54,7 @@ def one_line(answer: tuple[int, str, str], status: int) -> str:
     return err
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=str)
+@pytest.mark.parametrize("command", [[], *([name] for name in (*COMMANDS, *PLUGINS))], ids=str)
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help(call: Call, monkeypatch: pytest.MonkeyPatch, command: list[str], option: str) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -60,13 +65,18 @@ def test_help(call: Call, monkeypatch: pytest.MonkeyPatch, command: list[str], o
     assert max(map(len, out.splitlines())) <= 80
     assert "\x1b" not in out
     if not command:
-        assert all(name in out for name in COMMANDS)
+        assert all(name in out for name in (*COMMANDS, *PLUGINS))
 
 
 def test_version(call: Call) -> None:
     status, out, err = call("--version")
     assert (status, err) == (0, "")
     assert out.startswith("kvmprobe 0.")
+
+
+@pytest.mark.parametrize("command", PLUGINS)
+def test_a_plugin_called_wrongly_is_unknown(call: Call, command: str) -> None:
+    assert "No such option: --colour" in one_line(call(command, "--colour"), 3)
 
 
 @pytest.mark.parametrize(
