@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmprobe.capture.descriptors import EXHAUSTED
 from kvmprobe.capture.plan import Attachment, Plan
 from kvmprobe.capture.points import FunctionPoint
 from kvmprobe.capture.source import fentry_name
@@ -31,17 +32,21 @@ _ARRIVING = {
     "tp_kvm_page_fault": int(Site.PAGE_FAULT_TP),
     "kprobe_fault_entry": int(Site.PAGE_FAULT),
 }
+#: Nobody reads debug information, and BCC runs LLVM's passes itself: clang need not run them too.
+#: Without both the compiler is done in half the time.
+_FLAGS = ["-g0", "-Xclang", "-disable-llvm-passes"]
 #: struct counters of probes/state.h: causes by observations.
 COUNTERS = (7, 16)
 
 
 class AttachError(HostError):
-    """One target can't be loaded or attached; the plan goes on without it."""
+    """One target can't be loaded or attached; the plan goes on without it, if `only_this`."""
 
-    def __init__(self, target: str, reason: str) -> None:
+    def __init__(self, target: str, reason: str, *, only_this: bool = True) -> None:
         super().__init__(f"{target}: {reason}")
         self.target = target
         self.reason = reason
+        self.only_this = only_this
 
 
 class Program:
@@ -61,8 +66,7 @@ class Program:
         self._config: Any = None
         with compiler_headers(kernel_headers), captured_stderr() as said:
             try:
-                # Nobody reads debug information, and without it LLVM is done a third sooner.
-                self._bpf = _bpf_class(bcc)(text=text.encode(), cflags=["-g0"])
+                self._bpf = _bpf_class(bcc)(text=text.encode(), cflags=_FLAGS)
             except Exception as error:
                 raise HostError(
                     f"the probes can't be compiled: {_first_line(said(), error)}"
@@ -120,28 +124,22 @@ class Program:
             "kretfunc": getattr(bpf, "TRACING", None),
             "raw_tracepoint": bpf.RAW_TRACEPOINT,
         }
-        with captured_stderr() as said:
-            try:
-                return int(self._bpf.load_func(name.encode(), kinds[kind]).fd)
-            except Exception as error:
-                raise AttachError(target, f"refused: {_first_line(said(), error)}") from None
+        with _one_target(target, "refused"):
+            return int(self._bpf.load_func(name.encode(), kinds[kind]).fd)
 
     def _attach(self, name: str, kind: str, target: str) -> None:
         function, event = name.encode(), target.encode()
-        with captured_stderr() as said:
-            try:
-                if kind == "kprobe":
-                    self._bpf.attach_kprobe(event=event, fn_name=function)
-                elif kind == "kretprobe":
-                    self._bpf.attach_kretprobe(event=event, fn_name=function)
-                elif kind == "kfunc":
-                    self._bpf.attach_kfunc(fn_name=function)
-                elif kind == "kretfunc":
-                    self._bpf.attach_kretfunc(fn_name=function)
-                else:
-                    self._bpf.attach_raw_tracepoint(tp=event, fn_name=function)
-            except Exception as error:
-                raise AttachError(target, f"not attached: {_first_line(said(), error)}") from None
+        with _one_target(target, "not attached"):
+            if kind == "kprobe":
+                self._bpf.attach_kprobe(event=event, fn_name=function)
+            elif kind == "kretprobe":
+                self._bpf.attach_kretprobe(event=event, fn_name=function)
+            elif kind == "kfunc":
+                self._bpf.attach_kfunc(fn_name=function)
+            elif kind == "kretfunc":
+                self._bpf.attach_kretfunc(fn_name=function)
+            else:
+                self._bpf.attach_raw_tracepoint(tp=event, fn_name=function)
         self._attached.append((name, kind, target))
 
     def detach(self) -> None:
@@ -361,6 +359,19 @@ def captured_stderr() -> Iterator[Any]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+@contextmanager
+def _one_target(target: str, what: str) -> Iterator[None]:
+    """Make what BCC raises an AttachError of the target, in one line."""
+    with captured_stderr() as said:
+        ctypes.set_errno(0)
+        try:
+            yield
+        except Exception as error:
+            only_this = ctypes.get_errno() not in EXHAUSTED
+            reason = f"{what}: {_first_line(said(), error)}"
+            raise AttachError(target, reason, only_this=only_this) from None
 
 
 def _first_line(said: str, error: Exception) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvmprobe.analysis.candidates import candidates
 from kvmprobe.analysis.vms import named
+from kvmprobe.capture.descriptors import require_descriptors
 from kvmprobe.capture.layout import Layout, read_layout
 from kvmprobe.capture.plan import METHODS, Method, Plan, make_plan
 from kvmprobe.capture.program import (
@@ -134,6 +135,7 @@ class Session:
         problem = access().problem()
         if problem is not None:
             raise problem
+        require_descriptors()
         self._bcc = load_bcc().module
         self._btf = KernelBtf.live()
         self._symbols = Symbols.live()
@@ -172,7 +174,7 @@ class Session:
         if self._program is not None:
             self._program.close()
             self._program = None
-        if error.target in self._refused:
+        if error.target in self._refused or not error.only_this:
             raise error
         self._refused[error.target] = error.reason
 
