@@ -186,7 +186,7 @@ class LoopTranslator(Translator):
         self._vcpus = loops_events.Vcpus(
             wide, wide, wide, narrow, narrow, narrow, narrow, narrow, wide, wide
         )
-        self._hashed = loops_events.Hashed(*_tables(1 << 8))
+        self._hashed = loops_events.Hashed(*_tables(1 << 8), np.zeros(1, np.int64))
         self._keys: dict[int, int] = {}  # as in _hashed, to fill larger ones
         gfns, about = self._presumed.table()
         count = len(gfns)
@@ -221,6 +221,9 @@ class LoopTranslator(Translator):
                 # It is the vCPU's first event, and stands last.
                 self._vcpus.seq[at] += 1
             n += len(births.events)
+        if self._hashed.dropped[0]:
+            self._hashed.dropped[0] = 0
+            self._drop(records)
         events: NDArray[Any] = out[:n].view(EVENT).reshape(-1)
         self._doubt(events)
         return events
@@ -239,7 +242,8 @@ class LoopTranslator(Translator):
             self._pages = loops_events.Pages(gfn, about, *(_more(state, vm + 1) for state in seen))
         self._keys[key] = place
         if len(self._keys) * 4 > len(self._hashed.thread):
-            old, self._hashed = self._hashed, loops_events.Hashed(*_tables(8 * len(self._keys)))
+            old = self._hashed
+            self._hashed = loops_events.Hashed(*_tables(8 * len(self._keys)), old.dropped)
             for known, at in self._keys.items():
                 _put(self._hashed.thread, self._hashed.thread_place, known, at + 1)
             for known, at in zip(old.tid.tolist(), old.running.tolist(), strict=True):

@@ -65,6 +65,10 @@ class Identity:
         """How many vCPUs are known."""
         return len(self.vm)
 
+    def knows(self, tid: int) -> bool:
+        """Whether a thread has named a vCPU."""
+        return tid & int(_TID) in self._running
+
     def names(self, comms: dict[int, bytes]) -> None:
         """Take in the names of threads."""
         if len(self._comms) > MOST:

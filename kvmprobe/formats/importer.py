@@ -124,7 +124,6 @@ def import_traces(
         done.events = spool.events
         _check(done, strict)
         spool.write(_losses(done.tally, translator))
-        done.events = spool.events
         done.doubts = _doubts(translator)
         _write(spool, output, _header(done, paths, slots), force)
     return done
@@ -191,11 +190,13 @@ def _check(done: Imported, strict: bool) -> None:
 def _losses(tally: Tally, translator: Translator) -> NDArray[Any]:
     """Losses for what was recorded and can't be judged: silence about it means nothing.
 
-    That is events of ours that could not be read, and events at a well-known address of KVM's slots
-    of which the trace doesn't show whether there is a slot.
+    That is events of ours that could not be read, events of threads whose vCPU no event says, and
+    events at a well-known address of KVM's slots of which the trace doesn't show whether there is a
+    slot.
     """
     counts: dict[int, int] = {0: tally.garbled}
-    counts.update((int(kind), count) for kind, count in translator.doubtful.items())
+    unused = translator.doubtful + translator.unplaced
+    counts.update((int(kind), count) for kind, count in unused.items())
     lost = [(kind, count) for kind, count in counts.items() if count]
     events = np.zeros(len(lost), EVENT)
     events["vcpu"], events["type"], events["site"] = NO_VCPU, Type.LOSS, Site.DRAIN
@@ -207,12 +208,14 @@ def _losses(tally: Tally, translator: Translator) -> NDArray[Any]:
 
 def _doubts(translator: Translator) -> list[str]:
     """Say what rests on nothing but a well-known address, or that nothing could be told."""
-    if not translator.vcpus:
-        return [
-            "no event says which vCPU a thread runs, so nothing can be kept: record kvm_entry, "
-            "kvm_exit or kvm_page_fault too"
-        ]
-    return [
+    threads, kept = ("some threads run", "theirs are not") if translator.vcpus else (
+        "a thread runs", "nothing is"
+    )  # fmt: skip
+    unknown = (
+        f"no event says which vCPU {threads}, so {kept} kept, and what would tell something counts "
+        "as lost: record kvm_entry, kvm_exit or kvm_page_fault too"
+    )
+    return ([unknown] if translator.unplaced or not translator.vcpus else []) + [
         f"accesses at {page << 12:#x}, a well-known address of KVM's own memory, look like the "
         "fault, but the trace shows no memory there: with unrestricted guest it is a hole; where "
         "KVM has a slot there, state it with --internal-slot"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kvmprobe.formats.build import EXIT_MMIO
 from kvmprobe.formats.records import Point
 from kvmprobe.formats.slots import PFN_ERROR, PFN_NOSLOT
+from kvmprobe.formats.translate import TELLS
 from kvmprobe.probes.schema import (
     NO_VCPU,
     FaultinResult,
@@ -115,13 +116,15 @@ class Vcpus(NamedTuple):
 class Hashed(NamedTuple):
     """Two tables from a key to a place + 1: of (tgid, tid, vCPU), and of tid.
 
-    They are a power of two long, and at most a quarter full.
+    They are a power of two long, and at most a quarter full.  `dropped` counts, in its one place,
+    records that would tell something, of threads that have named no vCPU.
     """
 
     thread: NDArray[np.uint64]
     thread_place: NDArray[np.int64]
     tid: NDArray[np.uint64]
     running: NDArray[np.int64]
+    dropped: NDArray[np.int64]
 
 
 class Pages(NamedTuple):
@@ -251,6 +254,8 @@ def translate(
         else:
             at = hashed.running[running] - 1
             if at < 0:
+                if TELLS[point]:
+                    hashed.dropped[0] += 1
                 continue
         vm = vcpus.vm[at]
         if point == _ENTRY:

@@ -40,6 +40,26 @@ _L1, _L2 = 1, 2
 _LEVEL = np.uint32(Flag.LEVEL_KNOWN | Flag.L2)
 _UNSHOWN = np.uint32(Flag.SLOT_PRESUMED | Flag.UNSTABLE)
 _NORMAL, _SMM = 1, 2
+#: What a record would have told of its vCPU.
+_TELLS: dict[Point, tuple[Type, ...]] = {
+    Point.PAGE_FAULT: (Type.FAULT,),
+    Point.SPTE_REQUESTED: (Type.FAULTIN,),
+    Point.MARK_MMIO: (Type.FILL, Type.SPTE),
+    Point.HANDLE_MMIO: (Type.FILL,),
+    Point.CHECK_MMIO: (Type.SPTE,),
+    Point.EMULATE: (Type.EMULATE,),
+    Point.MATCH: (Type.MATCH,),
+    Point.MMIO: (Type.MMIO,),
+    Point.NESTED_ENTER: (Type.NESTING,),
+    Point.NESTED_ENTER_FAILED: (Type.NESTING,),
+    Point.NESTED_EXIT: (Type.NESTING,),
+    Point.NESTED_INJECT: (Type.NESTING,),
+    Point.SMM: (Type.SMM,),
+}
+#: By point: whether it is one of those.
+TELLS = np.isin(np.arange(256), list(_TELLS))
+#: Threads without a vCPU that are counted one by one; those beyond are one thread.
+_THREADS = 1 << 15
 _NEVER = np.iinfo(np.int64).max
 #: What `_Batch.newest` says: in an earlier batch if at all; nowhere since the newest loss.
 _EARLIER, _LOST = -1, -2
@@ -103,6 +123,7 @@ class Translator:
         #: slot; and the pages concerned.
         self.doubtful: Counter[Type] = Counter()
         self.doubtful_pages: set[int] = set()
+        self._unplaced: Counter[tuple[int, int]] = Counter()  # by tid and point
 
     def feed(self, block: Block) -> NDArray[Any]:
         """Take in a block; returns events of dtype EVENT, as many as can be told by now.
@@ -121,6 +142,16 @@ class Translator:
     def vcpus(self) -> int:
         """How many vCPUs were met."""
         return self._identity.count
+
+    @property
+    def unplaced(self) -> Counter[Type]:
+        """By observation, records that are dropped: their threads never named a vCPU."""
+        counts: Counter[Type] = Counter()
+        for (tid, point), count in self._unplaced.items():
+            if not self._identity.knows(tid):
+                for kind in _TELLS[Point(point)]:
+                    counts[kind] += count
+        return counts
 
     def finish(self) -> NDArray[Any]:
         """Return the events that waited for more; what is fed later is another trace."""
@@ -141,6 +172,8 @@ class Translator:
             _losses(records, np.flatnonzero(lost)),
             Part(births.events, births.row * 8 + sub, births.place),
         ]
+        if (TELLS[records["point"]] & (place < 0)).any():
+            self._drop(records)
         batch = _by_vcpu(records, place, lost)
         if len(batch.when):
             parts += build(self._known(batch), self._presumed)
@@ -149,6 +182,18 @@ class Translator:
         events = self._join(parts)
         self._doubt(events)
         return events
+
+    def _drop(self, records: NDArray[Any]) -> None:
+        """Count what threads did that named no vCPU so far; one that does later began late."""
+        told = records[TELLS[records["point"]]]
+        pairs, counts = np.unique(
+            told["tid"].astype(np.int64) << 8 | told["point"], return_counts=True
+        )
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            tid = pair >> 8
+            if not self._identity.knows(tid):
+                known = (tid, pair & 255) in self._unplaced or len(self._unplaced) < _THREADS
+                self._unplaced[tid if known else -1, pair & 255] += count
 
     def _doubt(self, events: NDArray[Any]) -> None:
         """Count what rests on nothing but a well-known address."""

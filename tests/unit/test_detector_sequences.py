@@ -58,7 +58,7 @@ def _said(rows: NDArray[Any], batches: int, *, jit: bool) -> tuple[Any, ...]:
     st.integers(1, 40),
     st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_same_is_said(odd: list[tuple[int, dict[str, Any]]], batches: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     who = random.integers(0, 4, 200).tolist()

@@ -207,6 +207,35 @@ def test_a_trace_that_names_no_vcpu_says_so(tmp_path: Path) -> None:
     assert [doubt[:40] for doubt in done.doubts] == ["no event says which vCPU a thread runs, "]
 
 
+#: A trace with one thread that names its vCPU, and what another one does that names none.
+NAMED = line(1, "kvm_entry", "vcpu 0, rip 0x0", task="CPU 0/KVM-4001")
+UNNAMED = "".join(
+    line(i, name, text, task="CPU 1/KVM-4002")
+    for i, (name, text) in enumerate(
+        (
+            ("mark_mmio_spte", "sptep:0xffff888000000000 gfn fee00 access 6 gen 2"),
+            ("vcpu_match_mmio", "gva 0xfee000b0 gpa 0xfee000b0 Write GPA"),
+            ("kvm_mmio", "mmio write len 4 gpa 0xfee000b0 val 0x0"),
+        ),
+        2,
+    )
+)
+
+
+@pytest.mark.parametrize("named", ["", NAMED])
+def test_events_of_threads_without_a_vcpu_are_losses(named: str, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text(named + UNNAMED)
+    verdict = imported(path, tmp_path).verdicts["internal-slot"]
+    assert verdict.verdict == "inconclusive"
+    assert "lost: 1 record of MATCH" in verdict.missing
+    # A thread that names its vCPU later: as if the trace had begun later.
+    later = line(9, "kvm_entry", "vcpu 1, rip 0x0", task="CPU 1/KVM-4002")
+    path.write_text(named + UNNAMED + later)
+    verdict = imported(path, tmp_path).verdicts["internal-slot"]
+    assert not any("lost" in missing for missing in verdict.missing)
+
+
 def test_an_old_capture_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     output = tmp_path / "y"
     import_traces([path_of("intel-6.1", "perf.txt")], output)

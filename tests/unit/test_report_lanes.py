@@ -48,7 +48,7 @@ def rows_and_cuts(draw: st.DrawFn) -> tuple[NDArray[Any], Cuts]:
 
 
 @given(rows_and_cuts(), st.sampled_from((8, 24, 1 << 15)))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_lanes_keep_everything(given: tuple[NDArray[Any], Cuts], room: int) -> None:
     rows, cuts = given
     gathered = lanes_of(rows, cuts, room)
@@ -140,7 +140,7 @@ def test_hostile_times_and_numbers() -> None:
 
 
 @given(rows_and_cuts())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_rates_keep_every_event_and_every_loss(given: tuple[NDArray[Any], Cuts]) -> None:
     rows, cuts = given
     lost = rows["type"] == Type.LOSS

@@ -171,7 +171,7 @@ def test_embedded_data_cannot_end_its_element(text: str) -> None:
 
 
 @given(vcpu_streams(), st.integers(0, 99), st.integers(0, 3))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_no_finding_and_no_loss_disappears(
     tmp_path_factory: pytest.TempPathFactory,
     streams: list[list[dict[str, Any]]],
