@@ -7,18 +7,17 @@ import importlib
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvmprobe.cli.target import Interrupts, process_of
 from kvmprobe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -103,8 +102,6 @@ def record(
     from kvmprobe.capture.recorder import Limits
     from kvmprobe.capture.session import Filters, Session
 
-    if pid is not None and vm is not None:
-        raise UsageError("--pid and --vm exclude each other")
     if backend is not None and backend not in BACKENDS:
         raise UsageError(f"--backend is one of {', '.join(BACKENDS)}, not {backend!r}")
     if command and shutil.which(command[0]) is None:
@@ -115,7 +112,7 @@ def record(
         None if min_free is None else parse_size("--min-free", min_free),
     )
     path = output or Path(time.strftime("kvmprobe-%Y%m%d-%H%M%S.kvmprobe"))
-    filters = Filters(_pid_of(pid, vm), vm, vcpu)
+    filters = Filters(process_of(pid, vm), vm, vcpu)
     if sys.stderr.isatty():
         print("compiling the probes …  (Ctrl-C ends the recording)", file=sys.stderr)
     # Arrow is imported while BCC compiles.
@@ -128,16 +125,6 @@ def record(
             print("\n".join(plan_lines(session.plan.rows())))
             return 0
         return _record(session, path, force, limits, command or [])
-
-
-def _pid_of(pid: int | None, vm: str | None) -> int | None:
-    from kvmprobe.host.vms import find_vm
-
-    if vm is not None:
-        return find_vm(vm).pid
-    if pid is not None and not Path(f"/proc/{pid}").exists():
-        raise UsageError(f"no process has the id {pid}")
-    return pid
 
 
 def _record(session: Session, path: Path, force: bool, limits: Limits, command: list[str]) -> int:
@@ -154,7 +141,7 @@ def _record(session: Session, path: Path, force: bool, limits: Limits, command: 
     )
     if problem:
         raise CaptureError(f"not recorded: {problem}; free some space or choose another -o")
-    with _Interrupts() as interrupts:
+    with Interrupts() as interrupts:
         session.attach()
         with CaptureWriter(path, live_header(session, sys.argv), force=force) as writer:
             recorder = Recorder(session, writer, limits)
@@ -171,28 +158,6 @@ def _record(session: Session, path: Path, force: bool, limits: Limits, command: 
 
 
 _COMMAND_ENDED = "command ended"
-
-
-class _Interrupts:
-    """Makes the first SIGINT, SIGTERM or SIGHUP a wish to stop; a second SIGINT ends at once."""
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.reason is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
 
 
 class _Child:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvmprobe.cli.target import Interrupts, process_of
 from kvmprobe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,8 +67,6 @@ def stat(
         raise UsageError(f"--sort is one of {', '.join(SORTS)}, not {sort!r}")
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other")
-    if pid is not None and vm is not None:
-        raise UsageError("--pid and --vm exclude each other")
     if captures and (pid or vm or interval or duration is not None):
         raise UsageError("-d, -p, --vm and --interval are for counting live, not for captures")
     if interval and (as_json or as_csv):
@@ -81,9 +80,7 @@ def stat(
             readers = [opened.enter_context(CaptureReader(path)) for path in captures]
             show.print(count_captures(readers))
     else:
-        from kvmprobe.cli.record import _pid_of
-
-        _live(_pid_of(pid, vm), duration, interval, show)
+        _live(process_of(pid, vm), duration, interval, show)
 
 
 class _Output:
@@ -125,12 +122,11 @@ class _Output:
 
 
 def _live(pid: int | None, duration: float | None, interval: float | None, show: _Output) -> None:
-    from kvmprobe.cli.record import _Interrupts
     from kvmprobe.stat.live import LiveStat
 
     if sys.stderr.isatty():
         print("compiling the probes …  (Ctrl-C ends the count)", file=sys.stderr)
-    with _Interrupts() as interrupts, LiveStat(pid) as live:
+    with Interrupts() as interrupts, LiveStat(pid) as live:
         live.start()
         end = None if duration is None else time.monotonic() + duration
         with ExitStack() as stack:
