@@ -186,7 +186,7 @@ class LoopTranslator(Translator):
         self._vcpus = loops_events.Vcpus(
             wide, wide, wide, narrow, narrow, narrow, narrow, narrow, wide, wide
         )
-        self._hashed = loops_events.Hashed(*_tables(1 << 8), np.zeros(1, np.int64))
+        self._hashed = _tables(1 << 8)
         self._keys: dict[int, int] = {}  # as in _hashed, to fill larger ones
         gfns, about = self._presumed.table()
         count = len(gfns)
@@ -242,8 +242,8 @@ class LoopTranslator(Translator):
             self._pages = loops_events.Pages(gfn, about, *(_more(state, vm + 1) for state in seen))
         self._keys[key] = place
         if len(self._keys) * 4 > len(self._hashed.thread):
-            old = self._hashed
-            self._hashed = loops_events.Hashed(*_tables(8 * len(self._keys)), old.dropped)
+            old, self._hashed = self._hashed, _tables(8 * len(self._keys))
+            self._hashed.dropped[:] = old.dropped
             for known, at in self._keys.items():
                 _put(self._hashed.thread, self._hashed.thread_place, known, at + 1)
             for known, at in zip(old.tid.tolist(), old.running.tolist(), strict=True):
@@ -261,11 +261,11 @@ def _more(state: NDArray[Any], count: int) -> NDArray[Any]:
     return more
 
 
-def _tables(least: int) -> tuple[NDArray[Any], ...]:
+def _tables(least: int) -> loops_events.Hashed:
     """Empty hash tables of at least so many entries."""
     size = 1 << (least - 1).bit_length()
-    kinds = (np.uint64, np.int64) * 2
-    return tuple(np.zeros(size, kind) for kind in kinds)
+    keys, places = np.zeros((2, size), np.uint64), np.zeros((2, size), np.int64)
+    return loops_events.Hashed(keys[0], places[0], keys[1], places[1], np.zeros(1, np.int64))
 
 
 def _put(keys: NDArray[np.uint64], places: NDArray[np.int64], key: int, place: int) -> None:
