@@ -84,7 +84,9 @@ class Watch:
             if status is not None and true(status):
                 return status
             time.sleep(0.05)
-        raise AssertionError(f"{status} of {self.process.poll()}: {self.process.stderr}")
+        ended = self.process.poll()
+        said = self.process.communicate()[1] if ended is not None else "it still runs"
+        raise AssertionError(f"its last status: {status}; it ended with {ended}: {said}")
 
     def watching(self) -> Status:
         """Wait until its probes are attached, and note them."""
