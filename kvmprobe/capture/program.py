@@ -32,8 +32,8 @@ _ARRIVING = {
     "tp_kvm_page_fault": int(Site.PAGE_FAULT_TP),
     "kprobe_fault_entry": int(Site.PAGE_FAULT),
 }
-#: Nobody reads debug information, and without it LLVM is done a third sooner.  clang's own passes stay:
-#: without them the verifier refuses the flight recorder's programs.
+#: Nobody reads debug information, and without it LLVM is done a third sooner.  clang's own passes
+#: stay: without them the verifier refuses the flight recorder's programs.
 _FLAGS = ["-g0"]
 #: struct counters of probes/state.h: causes by observations.
 COUNTERS = (7, 16)

@@ -81,6 +81,10 @@ def anonymous(pid: int) -> int:
     return int(text.partition("RssAnon:")[2].split()[0])
 
 
+def seen_all(watch: Watch, vms: int) -> int:
+    return watch.until(lambda status: status.vms_seen >= vms).vms_seen
+
+
 def test_vms_by_the_thousand(tmp_path: Path) -> None:
     with Watch(tmp_path) as watch:
         watch.watching()
@@ -98,7 +102,7 @@ def test_vms_by_the_thousand(tmp_path: Path) -> None:
             for count in (VMS // 3, VMS - VMS // 3):
                 print(count, file=churn.stdin, flush=True)
                 made += int(churn.stdout.readline())
-                memory.append((watch.until(lambda s: s.vms_seen >= made).vms_seen, anonymous(pid)))
+                memory.append((seen_all(watch, made), anonymous(pid)))
         (early, little), (late, much) = memory
         assert (early, late) == (VMS // 3, VMS)
         assert much - little < GROWTH
