@@ -28,7 +28,8 @@ _STEPPED = ("ts", "type", "site", "flags", "slot", "kind")
 _FIRST_CAPACITY = 64
 
 
-_WATCHED = Selection({Type.LIFECYCLE, *(kind for rule in RULES for kind in rule.watches)})
+#: The events that are stepped over.
+WATCHED = Selection({Type.LIFECYCLE, *(kind for rule in RULES for kind in rule.watches)})
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Detector:
             columns: every field of the event; contiguous or not, read-only or not.
 
         """
-        chosen = _WATCHED.pick(columns)
+        chosen = WATCHED.pick(columns)
         if not len(chosen):
             return
         key = columns["vm"][chosen].astype(np.int64) << 16 | columns["vcpu"][chosen]

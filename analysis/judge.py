@@ -7,18 +7,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvmprobe.analysis.detector import Detector
+from kvmprobe.analysis.detector import WATCHED, Detector
 from kvmprobe.analysis.findings import Acquittal, Finding
 from kvmprobe.analysis.integrity import Integrity
 from kvmprobe.analysis.verdict import Coverage, Verdict, decide, worst
 from kvmprobe.analysis.vms import Vm, VmNames
-from kvmprobe.probes.schema import Columns
+from kvmprobe.probes.schema import Columns, Type
+
+#: The columns that every batch must have; most of a healthy host's batches need no other.
+COLUMNS = ("ts", "vm", "vcpu", "seq", "type", "flags", "slot", "kind")
 
 #: VMs that are gone and still told by themselves; those before stay in all totals and findings.
 GONE_LIMIT = 4096
 
 #: Events that rules watch; the interpreter steps over so many in half a second.
 _COMPILE_AFTER = 100_000
+
+
+def needs_whole(columns: Columns) -> bool:
+    """Say of a batch with `COLUMNS` whether `Judge.feed` needs every field of it.
+
+    It does when an event in it is stepped over, tells a name or tells a loss.
+    """
+    return bool(len(WATCHED.pick(columns)) or (columns["type"] == Type.LOSS).any())
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,12 @@ class Judge:
         return self._detector.occurrences
 
     def feed(self, columns: Columns) -> None:
-        """Take in one batch, every field of the event; LOSS events count as losses."""
+        """Take in one batch; LOSS events count as losses.
+
+        Args:
+            columns: every field of the event; or `COLUMNS` alone, if not `needs_whole` of them.
+
+        """
         self._detector.feed(columns)
         self.integrity.feed(columns)
         self.names.feed(columns)

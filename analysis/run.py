@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from kvmprobe.analysis.findings import Finding
 from kvmprobe.analysis.integrity import Integrity
-from kvmprobe.analysis.judge import Judge, Reading, Report, VmReport
+from kvmprobe.analysis.judge import COLUMNS, Judge, Reading, Report, VmReport, needs_whole
 from kvmprobe.analysis.verdict import Coverage, Verdict, merge, worst
 from kvmprobe.analysis.vms import VmNames
 from kvmprobe.probes.schema import Columns
@@ -48,6 +48,16 @@ class Reader(Protocol):
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[Columns]:
         """The events."""
+
+
+@runtime_checkable
+class Screening(Protocol):
+    """What a reader may have beside: it leaves unread what the analysis doesn't need."""
+
+    def screened(
+        self, columns: Sequence[str], whole: Callable[[Columns], bool]
+    ) -> Iterator[Columns]:
+        """The events: these columns, and the others of batches for which `whole` says so."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +175,10 @@ def analyze(readers: Iterable[Reader], *, jit: bool = True) -> Analysis:
 def _analyze(reader: Reader, *, jit: bool) -> CaptureAnalysis:
     header = reader.header
     judge = Judge(header["plan"], jit=jit)
-    for columns in reader.batches():
+    batches = (
+        reader.screened(COLUMNS, needs_whole) if isinstance(reader, Screening) else reader.batches()
+    )
+    for columns in batches:
         judge.feed(columns)
     reading = Reading(
         damaged=len(reader.damaged),

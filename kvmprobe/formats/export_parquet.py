@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""A capture as a Parquet file: the columns of the event schema as they are."""
+"""A capture as a Parquet file: the columns of the event schema as they are.
+
+`kvmprobe.store.parquet` reads it back.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import zlib
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -12,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmprobe.probes import schema
+from kvmprobe.store import format as fmt
+from kvmprobe.store.parquet import GROUP, End
 
-#: Events in a row group: 28 MiB before they are compressed.
-_GROUP = 1 << 19
 #: Times only grow, and their steps are small; addresses and values are the wild columns, and
 #: splitting their bytes apart lets the compressor see what is regular in them.
 _ENCODING = {
@@ -36,7 +40,10 @@ class ParquetWriter:
 
         self._pa = pa
         text = json.dumps(header, ensure_ascii=False).encode("utf-8", "replace")
-        self._schema = schema.arrow_schema().with_metadata({"kvmprobe": text})
+        self._seed = fmt.header_crc(text, fmt.CODES.items())
+        self._schema = schema.arrow_schema().with_metadata(
+            {fmt.KEY: text, fmt.KEY_CRC: fmt.encode_crc(self._seed)}
+        )
         self._stream = pq.ParquetWriter(
             file,
             self._schema,
@@ -45,27 +52,37 @@ class ParquetWriter:
             use_dictionary=[f.name for f in schema.FIELDS if f.name not in _ENCODING],
             column_encoding=_ENCODING,
             store_schema=True,
+            write_page_checksum=True,
         )
-        self._columns = {f.name: np.empty(_GROUP, f.dtype) for f in schema.FIELDS}
+        self._columns = {f.name: np.empty(GROUP, f.dtype) for f in schema.FIELDS}
         self._used = 0
+        self._groups: list[int] = []
 
     def write(self, columns: schema.Columns) -> int:
         """Take in one batch; returns how many events it has."""
         rows = len(columns["ts"])
         done = 0
         while done < rows:
-            count = min(rows - done, _GROUP - self._used)
+            count = min(rows - done, GROUP - self._used)
             for name, group in self._columns.items():
                 group[self._used : self._used + count] = columns[name][done : done + count]
             self._used += count
             done += count
-            if self._used == _GROUP:
+            if self._used == GROUP:
                 self._flush()
         return rows
 
-    def close(self) -> None:
-        """Write what is left, and the file's footer."""
+    def close(self, end: End | None = None) -> None:
+        """Write what is left, and the file's footer.
+
+        `end` says what could not be read of the capture that the events come from, if that is not
+        told by the events themselves.
+        """
         self._flush()
+        text = (end or End()).encode(self._groups)
+        self._stream.add_key_value_metadata(
+            {fmt.KEY_END: text, fmt.KEY_END_CRC: fmt.encode_crc(zlib.crc32(text, self._seed))}
+        )
         self._stream.close()
 
     def abandon(self) -> None:
@@ -76,7 +93,8 @@ class ParquetWriter:
     def _flush(self) -> None:
         if self._used:
             columns = {name: group[: self._used] for name, group in self._columns.items()}
-            self._stream.write_batch(self._batch(columns), row_group_size=_GROUP)
+            self._stream.write_batch(self._batch(columns), row_group_size=GROUP)
+            self._groups.append(self._used)
             self._used = 0
 
     def _batch(self, columns: dict[str, NDArray[Any]]) -> Any:  # noqa: ANN401 - pyarrow has no types

@@ -36,6 +36,11 @@ from kvmprobe.probes import schema
 
 KEY = b"kvmprobe"
 KEY_CRC = b"kvmprobe.crc32"
+#: In a capture as Parquet: what its reading showed that it was made of, and the checksum.
+KEY_END = b"kvmprobe.end"
+KEY_END_CRC = b"kvmprobe.end.crc32"
+#: A Parquet file begins and ends with this.
+PARQUET = b"PAR1"
 
 #: Most rows in a batch, 7 MiB of events: what a writer and a reader need memory for.
 MAX_ROWS = 1 << 17

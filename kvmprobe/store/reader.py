@@ -8,12 +8,12 @@ import os
 import stat
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,10 @@ _WINDOW = 1 << 22
 #: So much is looked at in one iteration; beyond that, somebody made the file so.
 _MAX_TRIES = 1000
 _MAX_DAMAGES = 1000
+#: Asked of the columns that were read first: is the rest of the batch needed?
+Whole = Callable[[schema.Columns], bool]
+#: Columns of a batch, and the names of those to give.
+_Decoded = tuple[dict[str, NDArray[Any]], tuple[str, ...]]
 _NO_END = "it has no end mark: still being written, or the recording was killed"
 
 
@@ -89,11 +93,22 @@ class _CutError(Exception):
 class CaptureReader:
     """A capture opened for reading: a context.  Memory is bounded by a few batches.
 
+    A recording and what `compact` or `export` made of one as Parquet are read alike: of a Parquet
+    file the constructor makes a `parquet.ParquetReader`.
+
     After an iteration over `batches` or `infos` came to its end, `damaged` lists what was refused,
     `truncated` says whether the file was cut (None: it was not), and `unknown_events` counts the
     events of types this kvmprobe doesn't know, by type.  Each iteration begins them anew.  All
     three must weaken a verdict.
     """
+
+    def __new__(cls, path: str | os.PathLike[str]) -> Self:
+        """Choose the reader by what the file begins with."""
+        if cls is CaptureReader and _begins_with(Path(path), fmt.PARQUET):
+            from kvmprobe.store.parquet import ParquetReader
+
+            return cast("Self", object.__new__(ParquetReader))
+        return object.__new__(cls)
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open `path` and read its header.
@@ -155,37 +170,48 @@ class CaptureReader:
         for name in names:
             if name not in fmt.CODES:
                 raise CaptureError(f"no column {name!r}; there are {', '.join(fmt.CODES)}")
-        return self._decode(self.infos(), names)
+        return self._decode(self.infos(), names, None)
+
+    def screened(self, columns: Sequence[str], whole: Whole) -> Iterator[dict[str, NDArray[Any]]]:
+        """The events, as `batches(columns)`; batches of which `whole` says so have all columns.
+
+        `whole` is given the columns asked for, and called from several threads.  What is not read
+        is not checked.
+        """
+        return self._decode(self.infos(), tuple(columns), whole)
 
     def _decode(
-        self, batches: Iterator[Batch], names: tuple[str, ...]
+        self, batches: Iterator[Batch], names: tuple[str, ...], whole: Whole | None
     ) -> Iterator[dict[str, NDArray[Any]]]:
         # Checksums and lz4 run outside the interpreter's lock: a few batches are decoded ahead.
-        ahead: deque[tuple[Batch, Future[dict[str, NDArray[Any]]]]] = deque()
+        ahead: deque[tuple[Batch, Future[_Decoded]]] = deque()
         with ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode") as pool:
             for batch in batches:
-                ahead.append((batch, pool.submit(self._columns, batch, names)))
+                ahead.append((batch, pool.submit(self._wanted, batch, names, whole)))
                 if len(ahead) > _DECODERS:
-                    yield from self._finish(*ahead.popleft(), names)
+                    yield from self._finish(*ahead.popleft())
             while ahead:
-                yield from self._finish(*ahead.popleft(), names)
+                yield from self._finish(*ahead.popleft())
+
+    def _wanted(self, batch: Batch, names: tuple[str, ...], whole: Whole | None) -> _Decoded:
+        """Decode what is wanted of a batch, and its types; raises MalformedError."""
+        columns = self._columns(batch, ("type", *(name for name in names if name != "type")))
+        if whole is None or not whole(columns):
+            return columns, names
+        columns |= self._columns(batch, tuple(name for name in fmt.CODES if name not in columns))
+        return columns, tuple(fmt.CODES)
 
     def _columns(self, batch: Batch, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        """Decode a batch; raises MalformedError."""
+        """Decode columns of a batch; raises MalformedError."""
         import pyarrow as pa
 
         codec = pa.Codec("lz4")
-        return {
-            name: self._column(codec, batch, name)
-            for name in {"type": None, **dict.fromkeys(names)}
-        }
+        return {name: self._column(codec, batch, name) for name in names}
 
-    def _finish(
-        self, batch: Batch, decoded: Future[dict[str, NDArray[Any]]], names: tuple[str, ...]
-    ) -> Iterator[dict[str, NDArray[Any]]]:
+    def _finish(self, batch: Batch, decoded: Future[_Decoded]) -> Iterator[dict[str, NDArray[Any]]]:
         """Give a decoded batch, without events of unknown types, unless it is damaged."""
         try:
-            columns = decoded.result()
+            columns, names = decoded.result()
         except MalformedError as e:
             if len(self.damaged) < _MAX_DAMAGES:
                 self.damaged.append(Damage(batch.index, batch.events, batch.offset, str(e)))
@@ -373,6 +399,16 @@ class CaptureReader:
                     continue
                 return offset
         return None
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    fd = _open(path)
+    try:
+        return os.pread(fd, len(magic), 0) == magic
+    except OSError as e:
+        raise CaptureError(f"can't read {path}: {e.strerror}") from None
+    finally:
+        os.close(fd)
 
 
 def _open(path: Path) -> int:
