@@ -8,8 +8,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from kvmprobe.analysis.findings import Finding
-from kvmprobe.analysis.verdict import VERDICTS
 from kvmprobe.analysis.vms import Vm, printable
+from kvmprobe.analysis.words import VERDICTS
 from kvmprobe.probes.schema import NO_VCPU, SLOT_APIC, SLOT_IDENTITY, SLOT_TSS
 
 if TYPE_CHECKING:

@@ -18,13 +18,7 @@ from typing import Any
 from kvmprobe.analysis.findings import Acquittal, Finding
 from kvmprobe.analysis.rules import FAULTS, RULES
 from kvmprobe.analysis.rules.model import Observation, Rule
-
-VULNERABLE = "vulnerable"
-INCONCLUSIVE = "inconclusive"
-NOT_EXERCISED = "not exercised"
-FIXED = "fixed"
-#: All verdicts, the worst first.
-VERDICTS = (VULNERABLE, INCONCLUSIVE, NOT_EXERCISED, FIXED)
+from kvmprobe.analysis.words import FIXED, INCONCLUSIVE, NOT_EXERCISED, VERDICTS, VULNERABLE
 
 
 @dataclass(frozen=True)

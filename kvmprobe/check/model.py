@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
 
-from kvmprobe.analysis.verdict import INCONCLUSIVE, VERDICTS, VULNERABLE
+from kvmprobe.analysis.words import INCONCLUSIVE, VERDICTS, VULNERABLE
 from kvmprobe.host.exposure import Exposure
 
 #: What is said of a fault that the host's configuration rules out.

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from kvmprobe.analysis.findings import Finding
 from kvmprobe.analysis.judge import Judge, Reading, Report
-from kvmprobe.analysis.verdict import INCONCLUSIVE
 from kvmprobe.analysis.vms import VmNames
+from kvmprobe.analysis.words import INCONCLUSIVE
 from kvmprobe.capture.plan import Row
 from kvmprobe.check.model import Found, Seen, VmSeen, unique, unreachable_by, vm_label
 from kvmprobe.errors import KvmprobeError

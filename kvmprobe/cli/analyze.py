@@ -36,7 +36,7 @@ def analyze(
     from kvmprobe.analysis.rules.model import SEVERITIES
     from kvmprobe.analysis.run import analyze as analyze_readers
     from kvmprobe.analysis.text import render
-    from kvmprobe.analysis.verdict import INCONCLUSIVE
+    from kvmprobe.analysis.words import INCONCLUSIVE
     from kvmprobe.store.reader import CaptureReader
 
     if fail_on is not None and fail_on not in SEVERITIES:

@@ -101,7 +101,7 @@ def _verify(host: HostFacts) -> tuple[Answer, ...]:
 
 def _shown(path: Path, host: HostFacts) -> list[Exposure]:
     from kvmprobe.analysis.run import analyze
-    from kvmprobe.analysis.verdict import VULNERABLE
+    from kvmprobe.analysis.words import VULNERABLE
     from kvmprobe.store.reader import CaptureReader
 
     with CaptureReader(path) as reader:

@@ -7,14 +7,8 @@ from dataclasses import dataclass
 
 from kvmprobe.analysis.integrity import name_of
 from kvmprobe.analysis.text import duration
-from kvmprobe.analysis.verdict import (
-    FIXED,
-    INCONCLUSIVE,
-    NOT_EXERCISED,
-    VERDICTS,
-    VULNERABLE,
-    Verdict,
-)
+from kvmprobe.analysis.verdict import Verdict
+from kvmprobe.analysis.words import FIXED, INCONCLUSIVE, NOT_EXERCISED, VERDICTS, VULNERABLE
 from kvmprobe.probes.schema import LossCause, Type
 from kvmprobe.report.gather import Gathered
 

@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import make_wsgi_app
 
 from kvmprobe.analysis.rules import RULES
-from kvmprobe.analysis.verdict import VERDICTS
+from kvmprobe.analysis.words import VERDICTS
 from kvmprobe.capture.plan import Row
 from kvmprobe.errors import HostError
 from kvmprobe.watch.status import Status

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmprobe import __version__
-from kvmprobe.analysis.verdict import INCONCLUSIVE, worst
+from kvmprobe.analysis.verdict import worst
+from kvmprobe.analysis.words import INCONCLUSIVE
 from kvmprobe.capture.header import live_header
 from kvmprobe.capture.plan import Row
 from kvmprobe.capture.session import MAX_TICK, Filters, Session

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from kvmprobe.analysis.judge import Report
 from kvmprobe.analysis.rules import FAULTS
-from kvmprobe.analysis.verdict import INCONCLUSIVE, VERDICTS, VULNERABLE
 from kvmprobe.analysis.vms import VmNames
+from kvmprobe.analysis.words import INCONCLUSIVE, VERDICTS, VULNERABLE
 from kvmprobe.watch.latch import VmKey
 from kvmprobe.watch.status import FaultVerdict, WatchedVm
 

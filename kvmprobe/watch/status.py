@@ -37,7 +37,7 @@ class StatusError(KvmprobeError):
 
 @dataclass(frozen=True)
 class FaultVerdict:
-    """The verdict on one fault: its word (`analysis.verdict.VERDICTS`), and why."""
+    """The verdict on one fault: its word (`analysis.words.VERDICTS`), and why."""
 
     verdict: str
     basis: tuple[str, ...]

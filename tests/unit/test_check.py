@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvmprobe.analysis.rules import FAULTS
-from kvmprobe.analysis.verdict import VERDICTS
+from kvmprobe.analysis.words import VERDICTS
 from kvmprobe.check.ask import ask_watch
 from kvmprobe.check.model import Code, Found, Seen, VmSeen, conclude, vm_label
 from kvmprobe.check.output import document, json_schema, line, textfile

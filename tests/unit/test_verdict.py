@@ -7,17 +7,8 @@ from typing import Any
 
 import pytest
 
-from kvmprobe.analysis.verdict import (
-    FIXED,
-    INCONCLUSIVE,
-    NOT_EXERCISED,
-    VULNERABLE,
-    Coverage,
-    Verdict,
-    decide,
-    merge,
-    worst,
-)
+from kvmprobe.analysis.verdict import Coverage, Verdict, decide, merge, worst
+from kvmprobe.analysis.words import FIXED, INCONCLUSIVE, NOT_EXERCISED, VULNERABLE
 from kvmprobe.probes.schema import SLOT_APIC, Type
 from tests import rule_cases
 from tests.streams import APIC_GPA, L2, RAM_GPA, detect, ev, kept, noslot, stream

@@ -9,7 +9,7 @@ import pytest
 
 from kvmprobe.analysis import judge as judge_module
 from kvmprobe.analysis.judge import Judge, Reading, Report
-from kvmprobe.analysis.verdict import FIXED, INCONCLUSIVE, NOT_EXERCISED, VULNERABLE
+from kvmprobe.analysis.words import FIXED, INCONCLUSIVE, NOT_EXERCISED, VULNERABLE
 from kvmprobe.probes.schema import NO_VCPU, LifecycleChange, Type, columns
 from tests.streams import UNKNOWN, ev, kept, noslot, stream, vm_gone
 
