@@ -75,6 +75,27 @@ def candidates(columns: Columns) -> NDArray[np.bool_]:
     return mask
 
 
+def beliefs(columns: Columns) -> NDArray[np.bool_]:
+    """Say for each event whether it tells that the MMIO cache was believed, each belief once.
+
+    A MATCH that matters to no rule is not sent: the MMIO that follows says it (MATCHED) and takes
+    its place (on_match() in probes/mmio.bpf.c).  A capture that has such MATCHes counts them twice.
+
+    Args:
+        columns: a batch; `type`, `flags` and `slot` are used.
+
+    Returns:
+        A mask of the batch's length.
+
+    """
+    kind, flags = columns["type"], columns["flags"]
+    alone: NDArray[np.bool_] = (kind == Type.MMIO) & ((flags & np.uint32(Flag.MATCHED)) != 0)
+    alone &= (columns["slot"] < 0) & ((flags & np.uint32(Flag.OTHER_AS)) == 0)
+    alone &= (flags & _MATCH_IN_DOUBT) != _SMM_SEEN
+    alone |= kind == Type.MATCH
+    return alone
+
+
 class Selection:
     """Picks the candidates of a few types, fast where no slot stands behind most events."""
 

@@ -7,11 +7,15 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from kvmprobe.probes.schema import NO_VCPU
+
 if TYPE_CHECKING:
     from rich.live import Live
-    from rich.text import Text
 
+    from kvmprobe.analysis.findings import Finding
+    from kvmprobe.analysis.vms import VmNames
     from kvmprobe.capture.recorder import Recorder
+    from kvmprobe.cli.liveview import View
 
 _SECONDS = 0.25
 #: Between plain lines that say how it goes.
@@ -25,10 +29,8 @@ class Status:
 
     def __init__(self, recorder: Recorder) -> None:
         """Prepare the picture; everything slow is imported here, before probes are awake."""
-        from kvmprobe.cli.liveview import View
-
         self._recorder = recorder
-        self._view = View()
+        self._view: View | None = None
         self._live: Live | None = None
         self._shown = time.monotonic()
         self._events = 0
@@ -38,6 +40,9 @@ class Status:
             from rich.console import Console
             from rich.live import Live
 
+            from kvmprobe.cli.liveview import View
+
+            self._view = View()
             self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
 
     def __enter__(self) -> Status:
@@ -54,11 +59,11 @@ class Status:
     def show(self) -> None:
         """Take in the last drain's events; bring the picture up to date four times a second."""
         rows = self._recorder.rows
-        if len(rows):
+        if self._view is not None and len(rows):
             self._view.feed(rows)
         now = time.monotonic()
         since = now - self._shown
-        if self._live is None:
+        if self._live is None or self._view is None:
             self._tell_findings()
             if since >= _PLAIN_SECONDS:
                 print(self._head(since), file=sys.stderr, flush=True)
@@ -70,28 +75,19 @@ class Status:
             self._live.update(picture, refresh=True)
             self._shown = now
 
-    def _head(self, since: float) -> Text:
+    def _head(self, since: float) -> str:
         """One line on the whole recording; the rate is that of the last `since` seconds."""
-        from rich.text import Text
-
         progress = self._recorder.progress
         rate = (progress.events - self._events) / since
         self._events = progress.events
-        line = Text(
+        return (
             f"{progress.seconds:.0f} s  {progress.events:,} events  {rate:,.0f}/s  "
-            f"{progress.vcpus} vCPUs  {progress.bytes / 1e6:.1f} MB  ",
-            no_wrap=True,
-            overflow="ellipsis",
+            f"{progress.vcpus} vCPUs  {progress.bytes / 1e6:.1f} MB  "
+            f"{progress.lost:,} lost  {self._recorder.judge.occurrences:,} findings"
         )
-        line.append(f"{progress.lost:,} lost", style="red" if progress.lost else "")
-        found = self._recorder.judge.occurrences
-        line.append(f"  {found:,} findings", style="bold red" if found else "")
-        return line
 
     def _tell_findings(self) -> None:
         """Print a line for each finding that is new."""
-        from kvmprobe.cli.liveview import finding_line
-
         judge = self._recorder.judge
         if judge.occurrences == self._occurrences or len(self._told) >= _MAX_LINES:
             return
@@ -100,6 +96,20 @@ class Status:
             key = finding.rule.id, finding.vm, finding.vcpu
             if key not in self._told:
                 self._told.add(key)
-                line = finding_line(finding, self._view.names)
+                line = finding_line(finding, judge.names)
                 at = self._recorder.progress.seconds
                 print(f"{at:.1f} s: {line}", file=sys.stderr, flush=True)
+
+
+def finding_line(finding: Finding, names: VmNames) -> str:
+    """Say in one line what was found, and where."""
+    from kvmprobe.analysis.text import slot_name
+
+    vm = names.get(finding.vm)
+    where = f"VM {vm.id}{f' ({vm.name})' if vm.name else ''}"
+    if finding.vcpu != NO_VCPU:
+        where += f", vCPU {finding.vcpu}"
+    if finding.has_gpa:
+        where += f", 0x{finding.gpa:x} ({slot_name(finding.slot)})"
+    times = f", {finding.count:,} times" if finding.count > 1 else ""
+    return f"{finding.rule.severity} {finding.rule.id}: {where}{times}"

@@ -12,9 +12,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kvmprobe.analysis.candidates import beliefs
 from kvmprobe.analysis.findings import Finding, level_of
 from kvmprobe.analysis.text import slot_name
 from kvmprobe.analysis.vms import VmNames
+from kvmprobe.cli.live import finding_line
 from kvmprobe.probes.schema import NO_VCPU, Flag, LifecycleChange, Type
 
 #: vCPUs that are followed; more than fit on any terminal.
@@ -53,7 +55,8 @@ class View:
         keys = rows["vm"].astype(np.int64) << 16 | vcpu
         for key, count in _counted(keys[own]):
             self._vcpu(key).events += count
-        for key, count in _counted(keys[own & (kinds == Type.MATCH)]):
+        said = beliefs({name: rows[name] for name in ("type", "flags", "slot")})
+        for key, count in _counted(keys[own & said]):
             self._vcpu(key).believed += count
         newest = np.flatnonzero(own[-_NEWEST:]) + max(0, len(rows) - _NEWEST)
         for key, at in _last(keys, newest):
@@ -66,7 +69,7 @@ class View:
             self._follow_lives(rows[lives])
 
     def picture(
-        self, head: Text, findings: tuple[Finding, ...], seconds: float, height: int
+        self, head: str, findings: tuple[Finding, ...], seconds: float, height: int
     ) -> RenderableType:
         """Draw all that fits into `height` lines; `seconds` went by since the last picture."""
         most = max(1, min(_MAX_FINDINGS, (height - 5) // 2))
@@ -86,7 +89,9 @@ class View:
         rest = [Text(f"and {more} quieter vCPUs", style="dim")] if more > 0 else []
         for vcpu in self._vcpus.values():
             vcpu.events = vcpu.believed = 0
-        return Group(head, table, *rest, *told)
+        line = Text(head, no_wrap=True, overflow="ellipsis")
+        line.highlight_regex(r"[1-9][\d,]* (lost|findings)", "bold red")
+        return Group(line, table, *rest, *told)
 
     def _row(self, key: tuple[int, int], seconds: float) -> list[Text]:
         vcpu, vm = self._vcpus[key], self.names.get(key[0])
@@ -123,18 +128,6 @@ class View:
                 gone = [key for key in self._vcpus if key[0] == row["vm"]]
                 for key in gone:
                     del self._vcpus[key]
-
-
-def finding_line(finding: Finding, names: VmNames) -> str:
-    """Say in one line what was found, and where."""
-    vm = names.get(finding.vm)
-    where = f"VM {vm.id}{f' ({vm.name})' if vm.name else ''}"
-    if finding.vcpu != NO_VCPU:
-        where += f", vCPU {finding.vcpu}"
-    if finding.has_gpa:
-        where += f", 0x{finding.gpa:x} ({slot_name(finding.slot)})"
-    times = f", {finding.count:,} times" if finding.count > 1 else ""
-    return f"{finding.rule.severity} {finding.rule.id}: {where}{times}"
 
 
 def _finding(finding: Finding, names: VmNames) -> Text:

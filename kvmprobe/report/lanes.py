@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmprobe.analysis.candidates import beliefs
 from kvmprobe.analysis.rules.model import APIC_GFN
 from kvmprobe.probes.schema import NO_VCPU, Columns, Flag, Type
 from kvmprobe.report.cells import (
@@ -207,7 +208,7 @@ class Lanes:
         cells["levels"] = seen @ np.array([1, 2, 4, 8], np.uint8)
         cells["level"][at] = level
         memory = _in_memory(part)
-        match = kinds == Type.MATCH
+        match = beliefs(part)
         cells["matches"] = np.bincount(at[match], minlength=size)
         cells["hits"] = np.bincount(at[match & memory], minlength=size)
         cached = np.flatnonzero((kinds == Type.FILL) | (kinds == Type.CACHE))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kvmprobe.analysis.candidates import Selection, candidates
+from kvmprobe.analysis.candidates import Selection, beliefs, candidates
 from kvmprobe.analysis.rules import RULES
 from kvmprobe.probes.schema import HEADER, Flag, Type
 
@@ -123,3 +123,23 @@ def test_bulk_of_an_ordinary_guest_is_no_candidate() -> None:
             "slot": np.full(4, -1, np.int16),
         }
         assert not candidates(columns).any()
+
+
+def test_a_belief_is_told_by_its_match_or_by_the_mmio_that_took_its_place() -> None:
+    matched = Flag.MATCHED
+    events = [
+        (Type.MATCH, Flag(0), 3, True),
+        (Type.MMIO, matched, 3, False),  # its MATCH was sent: memory stands there
+        (Type.MMIO, matched, -1, True),
+        (Type.MMIO, Flag(0), -1, False),
+        (Type.MMIO, matched | Flag.OTHER_AS, -1, False),
+        (Type.MMIO, matched | Flag.SMM_SEEN, -1, False),
+        (Type.MMIO, matched | Flag.SMM_SEEN | Flag.GEN_IS_CURRENT, -1, True),
+        (Type.FAULT, matched, -1, False),
+    ]
+    columns: dict[str, NDArray[Any]] = {
+        "type": np.array([kind for kind, *_ in events], np.uint8),
+        "flags": np.array([flags for _, flags, *_ in events], np.uint32),
+        "slot": np.array([slot for *_, slot, _ in events], np.int16),
+    }
+    assert beliefs(columns).tolist() == [told for *_, told in events]

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from kvmprobe.analysis.vms import named
-from kvmprobe.cli.liveview import View, finding_line
+from kvmprobe.cli.live import finding_line
+from kvmprobe.cli.liveview import View
 from kvmprobe.probes.schema import NO_VCPU, LifecycleChange, Type
 from tests.streams import L1, L2, UNKNOWN, detect, ev, noslot, stream, vm_gone
 
@@ -22,7 +23,7 @@ EVIL = "[red]\x1b[2J\u202e\nx" + "y" * 90
 def picture(view: View, rows: NDArray[Any] | None = None, width: int = 80, height: int = 24) -> str:
     found = tuple(detect(rows)[1]) if rows is not None else ()
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True)
-    console.print(view.picture(Text("head"), found, 2.0, height))
+    console.print(view.picture("head", found, 2.0, height))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
