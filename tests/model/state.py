@@ -243,6 +243,7 @@ class State:
         st.gen = now
         if not known:
             st.refill = FIRST_SIGHT
+            vcpu.vm.truth.sample(vcpu)  # first sight is wherever the recording begins
             self._sample(vcpu, st, now, FIRST_SIGHT)
         self._internal_slots(vcpu.vm, number)
         return st

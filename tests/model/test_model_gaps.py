@@ -16,6 +16,7 @@ from tests.model.memslots import Change, Slot
 from tests.model.probes import Probes
 from tests.model.terms import Fate, How, Result
 from tests.model.test_model_tables import K6_1_192, K6_12_107, K6_12_117, Rig, X
+from tests.model.truth import What
 
 TSS, ROOM = 0xFFFBD, Slot(0, 0x100, 0x100)
 
@@ -114,3 +115,48 @@ def test_retry_before_a_pfn_was_sought() -> None:
     said = say(rig.run, rig.probes.finish())
     assert said.acquittals == ()
     assert "internal-slot-fill" in [f.rule.id for f in said.findings]
+
+
+def begin_after(rig: Rig, calls: int) -> None:
+    """Let the recording begin after so many more calls of probes."""
+    rig.probes.start = rig.probes.calls + calls
+
+
+def test_recording_begins_at_a_fault() -> None:
+    """Tracepoints only: the vCPU's first sight is at the fault, and L2's entry is live there."""
+    probes = Probes(functions=False, start=1 << 30)
+    rig = Rig(K6_1_192, (0, ROOM), (1, ROOM), (0, Slot(SLOT_TSS, TSS, 3)), probes=probes)
+    rig.vcpu.enter_l2(nested=False)
+    rig.do(How.PLAIN, TSS << 12, False)
+    rig.vcpu.leave_l2()
+    begin_after(rig, 1)  # kvm_entry
+    rig.do(How.PLAIN, 0x300 << 12, False)  # a hole: its fill disarms
+    assert rig.happened(What.ARMED) == 1
+    rig.check()
+
+
+def test_recording_begins_between_the_two_signs_of_one_belief() -> None:
+    """The reserved-bit fault is before the recording, the emulator's match is in it."""
+    kind = replace(K6_12_117, hides_from_l1=True, address_spaces=1)
+    rig = Rig(kind, (0, ROOM), (0, Slot(SLOT_TSS, TSS, 3)), probes=Probes(start=1 << 30))
+    rig.do(How.PLAIN, TSS << 12, False)
+    begin_after(rig, 2)  # kvm_entry and the fault
+    assert rig.do(How.PLAIN, TSS << 12, False) is Result.USERSPACE
+    assert rig.happened(What.MISREAD) == 1
+    rig.check()
+
+
+def test_recording_begins_within_a_fault() -> None:
+    """The fill is after the beginning, and of a vCPU no probe has met: nothing tells of SMM."""
+    rig = Rig(K6_12_107, (0, ROOM), (1, ROOM), probes=Probes(start=1 << 30))
+    hole = 0x300 << 12
+    rig.vcpu.enter_smm()
+    rig.vm.begin(Change(1, None, Slot(5, 0x400, 2)))
+    rig.vm.step()  # the grace period runs: what is seen in SMM proves nothing
+    begin_after(rig, 2)  # kvm_entry and the fault's beginning
+    rig.do(How.PLAIN, hole, False)
+    rig.vm.settle()
+    rig.vcpu.leave_smm()
+    assert rig.do(How.STRING, hole, False) is Result.USERSPACE
+    assert rig.happened(What.HARMLESS) == 2
+    rig.check()

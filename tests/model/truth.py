@@ -57,8 +57,10 @@ class Truth:
     on: bool = True
     happenings: list[Happening] = field(default_factory=list)
     smm_seen: set[tuple[int, int]] = field(default_factory=set)
+    #: vCPUs that were looked at since the recording began: what they do can be seen in full.
+    met: set[tuple[int, int]] = field(default_factory=set)
     #: Of each vCPU's cache entry: the address space it was filled in, whether that was since the
-    #: recording began, and whether the page was memory of KVM's own then.
+    #: vCPU was met, and whether the page was memory of KVM's own then.
     filled_in: dict[tuple[int, int], int] = field(default_factory=dict)
     fill_seen: set[tuple[int, int]] = field(default_factory=set)
     hidden_then: dict[tuple[int, int], bool] = field(default_factory=dict)
@@ -79,7 +81,12 @@ class Truth:
         self.happenings[first:] = [replace(h, clean=False) for h in self.happenings[first:]]
 
     def sample(self, vcpu: Vcpu) -> None:
-        """The cache can be looked at here: kvm_entry, kvm_emulate_insn, a reserved-bit fault."""
+        """The cache can be looked at here: kvm_entry, kvm_emulate_insn, a reserved-bit fault.
+
+        Or wherever a probe first meets the vCPU.
+        """
+        if self.on:
+            self.met.add((vcpu.vm.kvm, vcpu.id))
         if vcpu.smm and self.on:
             self.smm_seen.add((vcpu.vm.kvm, vcpu.id))
         slot, cache = memory(vcpu, vcpu.cache.gfn), vcpu.cache
@@ -114,7 +121,7 @@ class Truth:
         if not written:
             return
         self.filled_in[vcpu.vm.kvm, vcpu.id] = vcpu.as_id
-        if self.on:
+        if (vcpu.vm.kvm, vcpu.id) in self.met:
             self.fill_seen.add((vcpu.vm.kvm, vcpu.id))
         slot = memory(vcpu, gfn)
         hidden = slot is not None and slot.id in HIDDEN_SLOTS
@@ -129,7 +136,8 @@ class Truth:
         """The cache was believed at a reserved-bit fault: before the emulator asks it again."""
         self._announced = None
         self.believed(vcpu, gfn)
-        self._announced = vcpu.vm.kvm, vcpu.id, gfn
+        if self.on:  # else the recording may begin before the emulator asks
+            self._announced = vcpu.vm.kvm, vcpu.id, gfn
 
     def believed(self, vcpu: Vcpu, gfn: int) -> None:
         """The cache was believed for an operand on page `gfn`."""
