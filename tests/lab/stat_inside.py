@@ -61,10 +61,13 @@ def compare(perf: Path, out: Path) -> None:
     )
     with LiveStat(worker.pid) as live:
         live.start()
-        recorder = subprocess.Popen(
-            [*command, "stat", "record", "-m", "2048", "-a", "-o", str(data)], env=environment
-        )
-        time.sleep(8)  # perf says nothing when it has begun
+        # perf's own clock is not one clock where the TSC is unstable, as it is in the emulator.
+        options = ["-k", "CLOCK_MONOTONIC", "-m", "2048", "-a", "-o", str(data)]
+        recorder = subprocess.Popen([*command, "stat", "record", *options], env=environment)
+        # perf says nothing when it has begun, but makes its file when its events are open.
+        while recorder.poll() is None and not (data.exists() and data.stat().st_size):
+            time.sleep(0.2)
+        time.sleep(2)
         said, _ = worker.communicate("go\n")
         recorder.send_signal(signal.SIGINT)
         recorder.wait()
