@@ -45,6 +45,10 @@ EXAMPLES = {
         ("kvmprobe export host.kvmprobe -o host.parquet", "For pandas."),
         ("kvmprobe export --anonymize host.kvmprobe --to capture -o public.kvmprobe", "To share."),
     ),
+    "compact": (
+        ("kvmprobe compact host.kvmprobe", "host.parquet, which takes less room."),
+        ("kvmprobe compact -d archive monday.kvmprobe tuesday.kvmprobe", "Several, elsewhere."),
+    ),
     "rules": (
         ("kvmprobe rules", "All rules."),
         ("kvmprobe rules internal-slot-hit", "One rule: what it proves, and what to do."),
@@ -122,9 +126,10 @@ def _command_page(name: str, command: Any, context: Any) -> str:  # noqa: ANN401
         lines += ["## Arguments", "", *_definitions(_records(operands, context))]
     options = [p for p in params if p.param_type_name == "option"]
     lines += ["## Options", "", *_definitions(_records(options, context))]
-    lines += ["## Examples", ""]
-    for line, does in EXAMPLES[name]:
-        lines += [does, "", "```console", f"$ {line}", "```", ""]
+    if name in EXAMPLES:
+        lines += ["## Examples", ""]
+        for line, does in EXAMPLES[name]:
+            lines += [does, "", "```console", f"$ {line}", "```", ""]
     if name not in OWN_STATUS:
         lines += ["## Exit status", "", *_statuses(name)]
     return "\n".join(lines).rstrip() + "\n"

@@ -67,7 +67,11 @@ def test_every_command_has_a_page_and_no_page_is_left_over() -> None:
     assert there == {*COMMANDS, "kvmprobe"}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_examples() -> None:
+    assert sorted(reference.EXAMPLES) == COMMANDS, "add to EXAMPLES in tools/reference.py"
+
+
+@pytest.mark.parametrize("name", reference.EXAMPLES)
 def test_examples_use_options_that_exist(name: str) -> None:
     known = {option for p in GROUP.commands[name].params for option in p.opts}  # type: ignore[attr-defined]
     for line, _ in reference.EXAMPLES[name]:
