@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmprobe.analysis.candidates import beliefs
 from kvmprobe.analysis.run import Reader
 from kvmprobe.analysis.vms import VmNames
 from kvmprobe.probes.schema import (
@@ -174,7 +175,7 @@ class _Capture:
     def _take_hits(self, columns: Columns, levels: NDArray[Any], slots: NDArray[Any]) -> None:
         """Count hits by the level of the fill before, which is not known before a first one."""
         fill = columns["type"] == Type.FILL
-        hit = (columns["type"] == Type.MATCH) & (columns["site"] == Site.MATCH_MMIO)
+        hit = beliefs(columns) & (columns["site"] != Site.RSVD)
         ident = _ident(columns)
         fillers = np.zeros(len(fill), np.int64)
         rows = np.flatnonzero(fill | hit)

@@ -93,8 +93,10 @@ def test_a_recording_says_the_same() -> None:
 
     assert without_slot(counted) == without_slot(recorded)
     assert len(without_slot(counted)) == 4  # two vCPUs, two directions
-    # The recording looks at every instruction, the count at every access.
-    assert 0 < counted.total(Table.GENERATION) <= recorded.total(Table.GENERATION)
+    # Each looks when it is run, so they may miss different ones.  A deletion makes two generations,
+    # for the memslot is first marked invalid (kvm_set_memslot()).
+    for seen in counted, recorded:
+        assert 0 < seen.total(Table.GENERATION) <= 2 * did.memslot_changes
     (vm,) = counted.vms.values()
     assert vm.pid == os.getpid()
 
