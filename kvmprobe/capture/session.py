@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -136,10 +137,13 @@ class Session:
         if problem is not None:
             raise problem
         require_descriptors()
-        self._bcc = load_bcc().module
-        self._btf = KernelBtf.live()
-        self._symbols = Symbols.live()
-        self.layout = read_layout(self._btf)
+        with ThreadPoolExecutor(1) as beside:
+            # The kernel takes as long to print its symbols as Python to parse BTF.
+            symbols = beside.submit(Symbols.live)
+            self._bcc = load_bcc().module
+            self._btf = KernelBtf.live()
+            self.layout = read_layout(self._btf)
+            self._symbols = symbols.result()
         self._methods = self._find_methods()
         while True:
             self.plan = make_plan(self._btf, self._symbols, self._methods, self._refused)
