@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,10 +34,11 @@ from kvmprobe.host.bccload import load_bcc  # noqa: E402
 from kvmprobe.store.writer import CaptureWriter  # noqa: E402
 from tests.bench.result import Result  # noqa: E402
 
-TURNS = 15
+#: At most so many turns, and no new one after so many seconds, but three in any case.
+TURNS, ENOUGH, BUDGET = 15, 3, 150.0
 SECONDS = 1.0
-#: Seconds until a tool must be ready.
-PATIENCE = 60.0
+#: Seconds until a tool must be ready, and until it must have ended.
+PATIENCE, END = 60.0, 20.0
 STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
 GUEST = [sys.executable, "-m", "kvmprobe.guests.load", "--mmio", "1", "--pio", "0", "--ram", "0"]
 #: The fields of an emulated instruction and of an access, as kvmprobe's record of them.
@@ -117,8 +119,6 @@ def _running(tool: str, folder: Path) -> Iterator[None]:
         command = ["perf", "record", "-q", "-a", "-e", "kvm:*,kvmmmu:*", "-o", str(folder / "perf")]
     else:
         command = [sys.executable, __file__, tool, str(folder / "capture")]
-    if shutil.which(command[0]) is None:
-        raise HostError(f"{command[0]} is missing: install bpftrace and linux-perf")
     with subprocess.Popen(
         ["taskset", "-c", "1", *command],
         stdin=subprocess.PIPE,
@@ -141,6 +141,10 @@ def _running(tool: str, folder: Path) -> Iterator[None]:
             process.stdin.close()
             if tool not in TOOLS:
                 process.terminate()
+            try:
+                process.wait(END)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def _exits(seconds: float) -> float:
@@ -195,9 +199,14 @@ def run() -> Result:
         Way("bpftrace, printing three tracepoints", "bpftrace"),
         Way("perf record -e 'kvm:*,kvmmmu:*'", "perf"),
     ]
+    missing = [way.name for way in ways if way.tool not in TOOLS and not shutil.which(way.tool)]
+    ways = [way for way in ways if way.name not in missing]
     bare: list[float] = []
+    end = time.monotonic() + BUDGET
     with tempfile.TemporaryDirectory() as directory:
         for turn in range(TURNS):
+            if turn >= ENOUGH and time.monotonic() > end:
+                break
             for way in ways:
                 folder = Path(directory) / f"{turn}-{way.tool}"
                 folder.mkdir()
@@ -224,6 +233,7 @@ def run() -> Result:
         )
         for way in ways
     ]
+    table += [(name, "not installed", "") for name in missing]
     table += [("", "", "")]
     table += [
         (f"{mode}: {program}", f"{ns} ns a run" if ns else "", f"{runs} an MMIO exit")
@@ -231,10 +241,11 @@ def run() -> Result:
     ]
     return Result(
         "Cost to the guest",
-        f"A guest that does nothing but MMIO, on CPU 0; the tool on CPU 1; {TURNS} turns, in each "
-        f"of which every tool runs for {SECONDS:g} s after the guest ran alone. Exits a second are "
-        "upper quartiles; in brackets the median of each run against the one before it. Below: the "
-        "kernel's own run-time statistics of kvmprobe's programs, which make each run some 30 ns "
+        "A guest that does nothing but MMIO, on CPU 0; the tool on CPU 1; "
+        f"{len(ways[0].lost)} turns, in each of which every tool runs for {SECONDS:g} s after the "
+        "guest ran alone. Exits a second are upper quartiles; in brackets the median of each run "
+        "against the one before it. Below: the kernel's own run-time statistics of kvmprobe's "
+        "programs, which make each run some 30 ns "
         "longer, in a turn of their own.",
         ("beside the guest", "exits/s", "change"),
         table,
