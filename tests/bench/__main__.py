@@ -20,7 +20,7 @@ sys.path[0] = str(ROOT)
 
 from kvmprobe.errors import KvmprobeError  # noqa: E402
 from kvmprobe.host.bccload import load_bcc  # noqa: E402
-from tests.bench import detector, drain, guest, importers, start, writer  # noqa: E402
+from tests.bench import detector, drain, guest, importers, start, stat, writer  # noqa: E402
 from tests.bench.result import Result  # noqa: E402
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -31,6 +31,7 @@ BENCHES: dict[str, Callable[[], Result]] = {
     "guest": guest.run,
     "writer": writer.run,
     "importers": importers.run,
+    "stat": stat.run,
 }
 
 INTRODUCTION = """\
