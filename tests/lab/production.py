@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """doctor, check, verify and watch on a host where the fault happens: expected against seen.
 
-python -m tests.lab.production [--kernel NAME …] [--results DIR]
+python -m tests.lab.production [--kernel NAME …] [--part alone|watched] [--results DIR]
 
 Boots each kernel once (QEMU, AMD) and does there what production_inside.py says.
 """
@@ -11,7 +11,7 @@ import json
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from tests.lab.qemu import qemu_command
 from tests.lab.rootfs import get_root
 from tests.lab.vm import Job, run_job
 
-_LIMIT = 1500.0
+_LIMIT = 3600.0
+#: doctor, check and verify without a watch; and the watch, with check, ack and doctor beside.
+PARTS = ("alone", "watched")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Seen:
     right: bool
 
 
-def try_host(host: Host, code: Path, results: Path) -> list[Seen]:
+def try_host(host: Host, parts: Sequence[str], code: Path, results: Path) -> list[Seen]:
     """Boot one kernel and try everything; LabError when it did not come to its end."""
     kernel, release = get_kernel(host.spec), parse_spec(host.spec)[0]
     here = Path(__file__).parent
@@ -61,7 +63,8 @@ def try_host(host: Host, code: Path, results: Path) -> list[Seen]:
         extra["lab_slot.ko"] = get_helper(kernel, release)
     command = (
         "export PYTHONPATH=/opt/kvmprobe\n"
-        f"/opt/venv/bin/python /lab/inside.py try {host.fault} {host.state} /out; status=$?\n"
+        f"/opt/venv/bin/python /lab/inside.py try {host.fault} {host.state} /out "
+        f"{' '.join(parts)}; status=$?\n"
         "cp -r /var/lib/kvmprobe /out/state; exit $status\n"
     )
     job = Job(kernel, get_root(release), "amd", command, code=code, extra=extra, limit=_LIMIT)
@@ -87,6 +90,7 @@ def main() -> int:
     """Run the command line; the exit status: 0 when all is as expected."""
     parser = argparse.ArgumentParser(prog="tests.lab.production", description=__doc__)
     parser.add_argument("--kernel", action="append", choices=sorted(HOSTS), help="default: all")
+    parser.add_argument("--part", action="append", choices=PARTS, help="default: both")
     parser.add_argument("--code", type=Path, default=CHECKOUT, help="checkout to run")
     parser.add_argument("--results", type=Path, help="folder for what was said, and consoles")
     arguments = parser.parse_args()
@@ -96,7 +100,9 @@ def main() -> int:
     right = True
     for name in arguments.kernel or HOSTS:
         try:
-            rows = try_host(HOSTS[name], arguments.code.resolve(), results / name)
+            rows = try_host(
+                HOSTS[name], arguments.part or PARTS, arguments.code.resolve(), results / name
+            )
         except LabError as error:
             say(f"error: {name}: {error}")
             right = False

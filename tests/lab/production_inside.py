@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Runs in the lab's VM: doctor, check, verify and watch beside a guest that has the fault happen.
 
-production_inside.py try FAULT STATE OUT   everything, one JSON line each to OUT/seen.ndjson
-production_inside.py guest FAULT           the guest, until it is killed
+production_inside.py try FAULT STATE OUT PART…   one JSON line a step to OUT/seen.ndjson
+production_inside.py guest FAULT                 the guest, until it is killed
 
-FAULT is internal-slot or address-space, STATE vulnerable or fixed.
+FAULT is internal-slot or address-space, STATE vulnerable or fixed, PART alone or watched.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ from kvmprobe.watch.status import Status, StatusError, read
 
 #: The rule that convicts the guest here, by fault.
 RULES = {"internal-slot": "internal-slot-hit", "address-space": "address-space-mixup"}
-PATIENCE = 300.0
+#: Seconds for what takes the emulator minutes when this machine is busy: to attach, above all.
+PATIENCE = 900.0
 _NESTED = ("load", "string-out", "l2-load", "string-out", "string-in")
 _PAUSE = 0.2
 _STATE = Path("/var/lib/kvmprobe")
@@ -281,10 +282,12 @@ def main() -> None:
     """Run the command line."""
     if sys.argv[1] == "guest":
         guest(sys.argv[2])
-    fault, state, out = sys.argv[2:]
+    fault, state, out, *parts = sys.argv[2:]
     trial = Trial(fault, state, Path(out))
-    trial.alone()
-    trial.watched()
+    if "alone" in parts:
+        trial.alone()
+    if "watched" in parts:
+        trial.watched()
     trial.note("warnings in the kernel's log", [], _warnings())
 
 
