@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kvmprobe.analysis.judge import Judge
-from kvmprobe.analysis.verdict import INCONCLUSIVE
+from kvmprobe.analysis.words import INCONCLUSIVE
 from kvmprobe.capture.header import live_header
 from kvmprobe.capture.session import Filters, Session
 from kvmprobe.errors import GuestError
@@ -26,25 +26,26 @@ from kvmprobe.store.reader import CaptureReader
 from kvmprobe.store.writer import CaptureWriter
 from tests.watched import LOAD, ROOT, Watch
 
-VMS = 1500
+VMS = 1200
 #: What anonymous memory may grow by from a third of the VMs to all of them, kB.
 GROWTH = 8192
 KILLS = 40
 #: Longest life of a writer before its SIGKILL, seconds.
 _LIFE = 0.1
 
-#: Makes VMs, 16 at a time, each of which does a few accesses: so many, after each line on stdin.
+#: Makes VMs, each in a process of its own that does a few accesses, 16 at a time: so many, after
+#: each line on stdin.
 _CHURN = """
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from kvmprobe.guests.load import Mix, prepare
 from kvmprobe.guests.vmm import Machine
 def live(_):
     with Machine() as machine:
         prepare(machine, Mix())[0].round()
-with ThreadPoolExecutor(16) as pool:
-    for line in sys.stdin:
-        print(len([*pool.map(live, range(int(line)))]), flush=True)
+for line in sys.stdin:
+    with get_context("fork").Pool(16, maxtasksperchild=1) as pool:
+        print(len(pool.map(live, range(int(line)), 1)), flush=True)
 """
 
 
