@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The parts of the Debian package; the package itself is built by packaging/deb/build, in minutes."""
+"""The parts of the Debian package; packaging/deb/build takes minutes and is not run here."""
 
 import subprocess
 from pathlib import Path
