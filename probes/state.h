@@ -304,8 +304,13 @@ static __always_inline void ship(u64 vcpu, struct vcpu_state *st)
 		if (kvmprobe_candidate(e->type, e->flags, e->slot))
 			e->flags |= KVMPROBE_F_CANDIDATE;
 #if FLIGHT
-		if (f)
-			keep_in_flight(f, e);
+		if (f) {
+			struct flight *known = f;
+
+			/* Or LLVM computes with the pointer ahead of the test, which the verifier refuses. */
+			asm volatile("" : "+r"(known));
+			keep_in_flight(known, e);
+		}
 #endif
 		if (left_out(st, e))
 			continue;
