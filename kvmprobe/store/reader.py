@@ -172,14 +172,6 @@ class CaptureReader:
                 raise CaptureError(f"no column {name!r}; there are {', '.join(fmt.CODES)}")
         return self._decode(self.infos(), names, None)
 
-    def screened(self, columns: Sequence[str], whole: Whole) -> Iterator[dict[str, NDArray[Any]]]:
-        """The events, as `batches(columns)`; batches of which `whole` says so have all columns.
-
-        `whole` is given the columns asked for, and called from several threads.  What is not read
-        is not checked.
-        """
-        return self._decode(self.infos(), tuple(columns), whole)
-
     def _decode(
         self, batches: Iterator[Batch], names: tuple[str, ...], whole: Whole | None
     ) -> Iterator[dict[str, NDArray[Any]]]:

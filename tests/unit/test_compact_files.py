@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import kvmprobe
 from kvmprobe.analysis.judge import COLUMNS, needs_whole
-from kvmprobe.analysis.run import analyze
+from kvmprobe.analysis.run import Screening, analyze
 from kvmprobe.cli.compact import compact
 from kvmprobe.cli.main import main
 from kvmprobe.errors import CaptureError
@@ -131,6 +131,7 @@ def test_only_what_the_rules_need_is_read(call: Call, tmp_path: Path, lossy: boo
     made = tmp_path / "c.parquet"
     assert call("compact", write(tmp_path / "c", calm), "-o", made)[0] == 0
     with CaptureReader(made) as reader:
+        assert isinstance(reader, Screening)
         (batch,) = reader.screened(COLUMNS, needs_whole)
     assert set(batch) == set((EVENT.names or ()) if lossy else COLUMNS)
     with CaptureReader(made) as reader:
