@@ -13,8 +13,8 @@ CAPTURE := tests/data/golden/lab-6.1-intel.kvmprobe
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint types unit model live browser packaging lab soak shots \
-	coverage bench lock install uninstall clean
+.PHONY: help setup demo test check lint types unit model live browser docs packaging deb lab \
+	soak shots coverage bench lock install uninstall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -25,7 +25,7 @@ setup: ## Install missing Debian packages (asks sudo), make .venv with everythin
 demo: setup ## Record this host's KVM with a tiny guest as the load, then analyze; then a real capture with the fault
 	@tools/demo $(CAPTURE)
 
-test: setup unit model live browser packaging ## Run all tests (live ones as root: asks sudo)
+test: setup unit model live browser docs packaging ## Run all tests (live ones as root: asks sudo)
 
 check: lint types unit ## Lint, types and unit tests: what to run before a commit, within 3 minutes
 
@@ -50,8 +50,16 @@ browser: setup ## Try the report in a real Chromium, and run the notebook
 	@tools/packages browser
 	@tools/stage browser $(RUN) pytest -rfEs tests/browser
 
+docs: setup ## Build the manual (build/html, build/man) and test it
+	@tools/stage 'manual, html' $(RUN) sphinx -q -W -b html docs build/html
+	@tools/stage 'manual, man' $(RUN) sphinx -q -W -b man docs build/man
+	@tools/stage docs $(RUN) pytest -rfEs tests/docs
+
 packaging: setup ## Build sdist and wheel and try the wheel outside the checkout
 	@tools/stage packaging $(RUN) pytest -rfEs tests/packaging
+
+deb: setup ## Build the Debian package for SUITE (bookworm or trixie) into dist
+	@tools/as user packaging/deb/build $(or $(SUITE),bookworm) dist
 
 lab: setup ## Find the fault on real kernels in emulators; KERNEL= VENDOR= SCENARIO= BACKEND= JOBS=
 	@tools/stage 'lab, parts' $(RUN) pytest -rfEs tests/lab/test_lab_parts.py
