@@ -19,6 +19,7 @@ mount --bind /lab/out /out
 mount --bind /lab/code /opt/kvmprobe
 mount --bind /lab/modules /lib/modules
 ln -sf /proc/self/fd /dev/fd
+busybox ip link set lo up
 modprobe "kvm_$LAB_VENDOR" || echo "lab: kvm_$LAB_VENDOR did not load"
 [ ! -e /lab/lab_slot.ko ] || insmod /lab/lab_slot.ko
 
