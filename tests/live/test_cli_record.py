@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -24,14 +23,13 @@ from kvmprobe.guests import kvm, load
 from kvmprobe.probes.schema import LifecycleChange, Type
 from kvmprobe.store.reader import CaptureReader
 from kvmprobe.store.writer import CaptureWriter
+from tests.watched import left_behind, programs_of
 
 ROOT = Path(load.__file__).parents[2]
 KVMPROBE = (sys.executable, "-c", "from kvmprobe.cli.main import main; main()")
 LOAD = (sys.executable, "-m", "kvmprobe.guests.load")
 #: A command that ends neither by itself nor on SIGTERM or SIGINT.
 STUBBORN = ("sh", "-c", 'trap "" TERM INT; while :; do sleep 1; done')
-_BPF_PROG_GET_FD_BY_ID = 13
-_SYS_BPF = 321
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,40 +51,6 @@ def _guest() -> Iterator[None]:
     yield
     guest.kill()
     guest.wait()
-
-
-def programs_of(pid: int) -> set[int]:
-    """Ids of the BPF programs that a process holds."""
-    ids: set[int] = set()
-    for info in Path(f"/proc/{pid}/fdinfo").iterdir():
-        try:
-            text = info.read_text()
-        except OSError:
-            continue
-        ids.update(int(line.split()[1]) for line in text.splitlines() if line.startswith("prog_id"))
-    return ids
-
-
-def alive(program: int) -> bool:
-    """Whether the kernel still has a BPF program."""
-    attributes = ctypes.create_string_buffer(program.to_bytes(4, "little"), 64)
-    fd: int = ctypes.CDLL(None).syscall(
-        ctypes.c_long(_SYS_BPF),
-        ctypes.c_long(_BPF_PROG_GET_FD_BY_ID),
-        attributes,
-        ctypes.c_long(64),
-    )
-    if fd >= 0:
-        os.close(fd)
-    return fd >= 0
-
-
-def left_behind(programs: set[int]) -> set[int]:
-    """Those that are still there; the kernel frees them a moment after their last user."""
-    end = time.monotonic() + 5
-    while (left := {program for program in programs if alive(program)}) and time.monotonic() < end:
-        time.sleep(0.02)
-    return left
 
 
 def children(pid: int) -> list[int]:
