@@ -18,7 +18,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.watched import LOAD, ROOT, Watch, left_behind
+from tests.processes import LOAD, ROOT
+from tests.watched import Watch, left_behind
 
 #: What anonymous memory may grow by between the run's second and last quarter, kB.
 GROWTH = 4096

@@ -7,7 +7,6 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +15,8 @@ from types import TracebackType
 from typing import Self
 
 from kvmprobe.watch.status import Status, StatusError, read
+from tests.processes import KVMPROBE, ROOT
 
-ROOT = Path(__file__).parents[1]
-KVMPROBE = (sys.executable, "-m", "kvmprobe")
-LOAD = (sys.executable, "-m", "kvmprobe.guests.load")
 #: The capabilities of packaging/kvmprobe-watch.service, and no more.
 CONFINED = ("setpriv", "--bounding-set=-all,+bpf,+perfmon", "--no-new-privs")
 #: Seconds to wait for what happens soon, on a machine that may be busy.

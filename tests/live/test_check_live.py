@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from kvmprobe.host import facts
+from tests.processes import KVMPROBE, LOAD, ROOT
 
-ROOT = Path(facts.__file__).parents[2]
-KVMPROBE = (sys.executable, "-m", "kvmprobe")
-LOAD = (sys.executable, "-m", "kvmprobe.guests.load", "--rate", "500", "--seconds", "60")
+GUEST = (*LOAD, "--rate", "500", "--seconds", "60")
 
 
 def test_check_watches_the_host_for_its_time_and_sees_a_vm(tmp_path: Path) -> None:
@@ -23,7 +21,7 @@ def test_check_watches_the_host_for_its_time_and_sees_a_vm(tmp_path: Path) -> No
         pytest.skip(str(problem))
     metrics = tmp_path / "kvmprobe.prom"
     words = ("check", "-d", "2", "--json", "--runtime-directory", tmp_path, "--textfile", metrics)
-    with subprocess.Popen(LOAD, cwd=ROOT, stdout=subprocess.DEVNULL) as load:
+    with subprocess.Popen(GUEST, cwd=ROOT, stdout=subprocess.DEVNULL) as load:
         try:
             done = subprocess.run([*KVMPROBE, *words], cwd=ROOT, capture_output=True, text=True)
         finally:

@@ -18,39 +18,21 @@ import pytest
 from kvmprobe.capture.header import live_header
 from kvmprobe.capture.recorder import Limits, Recorder
 from kvmprobe.capture.session import Filters, Session
-from kvmprobe.errors import GuestError
-from kvmprobe.guests import kvm, load
 from kvmprobe.probes.schema import LifecycleChange, Type
 from kvmprobe.store.reader import CaptureReader
 from kvmprobe.store.writer import CaptureWriter
+from tests.processes import KVMPROBE, LOAD, ROOT, running
 from tests.watched import left_behind, programs_of
 
-ROOT = Path(load.__file__).parents[2]
-KVMPROBE = (sys.executable, "-c", "from kvmprobe.cli.main import main; main()")
-LOAD = (sys.executable, "-m", "kvmprobe.guests.load")
 #: A command that ends neither by itself nor on SIGTERM or SIGINT.
 STUBBORN = ("sh", "-c", 'trap "" TERM INT; while :; do sleep 1; done')
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _needs_kvm_and_root() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("recording needs root")
-    try:
-        os.close(kvm.open_device())
-    except GuestError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module", autouse=True)
 def _guest() -> Iterator[None]:
     """A guest that runs all the time, so that every recording has events."""
-    guest = subprocess.Popen(
-        [*LOAD, "--seconds", "600", "--rate", "2000"], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
-    yield
-    guest.kill()
-    guest.wait()
+    with running(*LOAD, "--seconds", "600", "--rate", "2000"):
+        yield
 
 
 def children(pid: int) -> list[int]:

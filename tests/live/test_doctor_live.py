@@ -5,25 +5,22 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import jsonschema
 import pytest
 
 from kvmprobe.doctor import report
 from kvmprobe.host.facts import access
+from tests.processes import KVMPROBE, LOAD, ROOT
 
-ROOT = Path(report.__file__).parents[2]
-KVMPROBE = (sys.executable, "-m", "kvmprobe")
-LOAD = (sys.executable, "-m", "kvmprobe.guests.load", "--rate", "500", "--seconds", "60")
+GUEST = (*LOAD, "--rate", "500", "--seconds", "60")
 
 
 def test_doctor_sees_a_vm_that_runs() -> None:
     problem = access().problem()
     if problem:
         pytest.skip(str(problem))
-    with subprocess.Popen(LOAD, cwd=ROOT, stdout=subprocess.DEVNULL) as load:
+    with subprocess.Popen(GUEST, cwd=ROOT, stdout=subprocess.DEVNULL) as load:
         try:
             done = subprocess.run(
                 [*KVMPROBE, "doctor", "--json"], cwd=ROOT, capture_output=True, text=True

@@ -3,30 +3,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from kvmprobe.errors import GuestError
-from kvmprobe.guests import kvm
 from kvmprobe.probes.schema import Type
 from tests.exports import events_of, header_of, told
-
-ROOT = Path(__file__).parents[2]
-KVMPROBE = (sys.executable, "-m", "kvmprobe")
+from tests.processes import KVMPROBE, ROOT
 
 
 @pytest.fixture(scope="module")
 def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if os.geteuid() != 0:
-        pytest.skip("recording needs root")
-    try:
-        os.close(kvm.open_device())
-    except GuestError as error:
-        pytest.skip(str(error))
     path = tmp_path_factory.mktemp("recorded") / "c.kvmprobe"
     guest = (sys.executable, "-m", "kvmprobe.guests.load", "--seconds", "1", "--rate", "2000")
     subprocess.run([*KVMPROBE, "record", "-o", path, "--", *guest], cwd=ROOT, check=True)

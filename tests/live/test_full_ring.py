@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
 from collections.abc import Iterator
 
@@ -13,29 +11,15 @@ import pytest
 
 from kvmprobe.analysis.judge import Judge
 from kvmprobe.capture.session import Filters, Session
-from kvmprobe.errors import GuestError
-from kvmprobe.guests import kvm
 from kvmprobe.probes.schema import Type, columns
-from tests.watched import LOAD, ROOT
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _needs_kvm_and_root() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("recording needs root")
-    try:
-        os.close(kvm.open_device())
-    except GuestError as error:
-        pytest.skip(str(error))
+from tests.processes import LOAD, running
 
 
 @pytest.fixture
 def busy() -> Iterator[None]:
     """A guest that does accesses as fast as it can."""
-    guest = subprocess.Popen([*LOAD, "--seconds", "600"], cwd=ROOT, stdout=subprocess.DEVNULL)
-    yield
-    guest.kill()
-    guest.wait()
+    with running(*LOAD, "--seconds", "600"):
+        yield
 
 
 @pytest.fixture

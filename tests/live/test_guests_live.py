@@ -17,16 +17,7 @@ from kvmprobe.errors import GuestError
 from kvmprobe.guests import kvm, load
 from kvmprobe.guests.flip import Flipper
 from kvmprobe.guests.vmm import PAGE, Halt, Interrupted, Io, Machine, Mmio, Vcpu
-
-ROOT = Path(load.__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _needs_kvm() -> None:
-    try:
-        os.close(kvm.open_device())
-    except GuestError as error:
-        pytest.skip(str(error))
+from tests.processes import ROOT
 
 
 @pytest.fixture

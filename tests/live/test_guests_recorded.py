@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,27 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
-from kvmprobe.errors import GuestError
-from kvmprobe.guests import kvm, load
+from kvmprobe.guests import load
 from kvmprobe.probes import schema
 from kvmprobe.probes.schema import Flag, LifecycleChange, MmioType, Type
 from kvmprobe.store.reader import CaptureReader
-
-ROOT = Path(load.__file__).parents[2]
-KVMPROBE = (sys.executable, "-c", "from kvmprobe.cli.main import main; raise SystemExit(main())")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _needs_kvm_and_root() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("recording needs root")
-    try:
-        os.close(kvm.open_device())
-    except GuestError as error:
-        pytest.skip(str(error))
+from tests.processes import KVMPROBE, ROOT
 
 
 @dataclass(frozen=True)

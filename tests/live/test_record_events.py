@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +15,7 @@ from numpy.typing import NDArray
 from kvmprobe.analysis.integrity import Integrity
 from kvmprobe.capture import session as session_module
 from kvmprobe.capture.session import Filters, Session
-from kvmprobe.errors import GuestError
-from kvmprobe.guests import kvm, load
+from kvmprobe.guests import load
 from kvmprobe.probes import schema
 from kvmprobe.probes.schema import (
     NO_VCPU,
@@ -30,47 +26,11 @@ from kvmprobe.probes.schema import (
     Site,
     Type,
 )
+from tests.processes import LOAD, Gated, counts
 
-ROOT = Path(load.__file__).parents[2]
-LOAD = (sys.executable, "-m", "kvmprobe.guests.load")
 #: What a guest's own addresses and values never reach: the kernel's half of the address space.
 KERNEL = np.uint64(0xFFFF800000000000)
 UPDATING = np.uint64(1 << 63)  # a generation while memslots change
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _needs_kvm_and_root() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("recording needs root")
-    try:
-        os.close(kvm.open_device())
-    except GuestError as error:
-        pytest.skip(str(error))
-
-
-class Gated:
-    """A command that waits for `go`, so that its process id is known before it begins."""
-
-    def __init__(self, command: tuple[str, ...]) -> None:
-        self.process = subprocess.Popen(
-            ["sh", "-c", 'read go && exec "$@"', "sh", *command],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def go(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.close()
-
-    def output(self) -> str:
-        assert self.process.stdout is not None
-        text = self.process.stdout.read()
-        self.process.stdout.close()
-        assert self.process.wait() == 0
-        return text
 
 
 @dataclass(frozen=True)
@@ -83,8 +43,7 @@ class Recording:
     @property
     def counts(self) -> dict[str, int]:
         """What the load's VMM counted."""
-        lines = (line.split() for line in self.output.splitlines())
-        return {line[0]: int(line[1]) for line in lines}
+        return counts(self.output)
 
     def of(self, observation: Type, kind: int | None = None) -> NDArray[Any]:
         chosen = self.events["type"] == observation
@@ -102,7 +61,7 @@ class Recording:
 
 def record(command: tuple[str, ...], idle: float = 0.0, vcpu: int | None = None) -> Recording:
     """Record the VMs of a command from its beginning to its end; don't drain for `idle` seconds."""
-    guest = Gated(command)
+    guest = Gated(*command)
     try:
         with Session(Filters(pid=guest.process.pid, vcpu=vcpu)) as session:
             session.prepare()
@@ -289,7 +248,7 @@ for _ in range(5):
 @pytest.fixture(scope="module")
 def many() -> tuple[NDArray[Any], int, list[int]]:
     """Events of short VMs, the process that had 5 of them, and those that had one each."""
-    guest = Gated((sys.executable, "-c", MANY))
+    guest = Gated(sys.executable, "-c", MANY)
     try:
         with Session(Filters()) as session:
             session.prepare()

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +17,11 @@ from kvmprobe.analysis.integrity import Integrity
 from kvmprobe.capture import session as session_module
 from kvmprobe.capture.session import Filters, Session
 from kvmprobe.capture.source import FLIGHT_EVENTS
-from kvmprobe.errors import GuestError, HostError
-from kvmprobe.guests import kvm, load
+from kvmprobe.errors import HostError
 from kvmprobe.probes import schema
 from kvmprobe.probes.schema import NO_VCPU, Flag, LifecycleChange, Type
+from tests.processes import LOAD, Gated
 
-ROOT = Path(load.__file__).parents[2]
-LOAD = (sys.executable, "-m", "kvmprobe.guests.load")
 #: Reads a hole and writes to read-only memory, in turn: the writes are candidates.
 ROM = """
 from kvmprobe.guests import kvm
@@ -46,41 +41,6 @@ with Machine() as machine:
 SAID = ("vcpu", "type", "site", "flags", "addr", "value", "slot", "kind", "len")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _needs_kvm_and_root() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("recording needs root")
-    try:
-        os.close(kvm.open_device())
-    except GuestError as error:
-        pytest.skip(str(error))
-
-
-class Guest:
-    """A guest that waits until it is let go, so that it is recorded from its start."""
-
-    def __init__(self, *command: str) -> None:
-        self.process = subprocess.Popen(
-            ["sh", "-c", 'read go && exec "$@"', "sh", *command],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def go(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.close()
-
-    def counts(self) -> dict[str, int]:
-        assert self.process.stdout is not None
-        lines = (line.split() for line in self.process.stdout)
-        counted = {line[0]: int(line[1]) for line in lines}
-        assert self.process.wait() == 0
-        return counted
-
-
 def prepared(session: Session) -> None:
     session.prepare()
     session.attach()
@@ -88,7 +48,7 @@ def prepared(session: Session) -> None:
 
 
 def rom_writes(*, watch: bool) -> NDArray[Any]:
-    guest = Guest(sys.executable, "-c", ROM)
+    guest = Gated(sys.executable, "-c", ROM)
     with Session(Filters(pid=guest.process.pid), watch=watch) as session:
         prepared(session)
         guest.go()
@@ -125,7 +85,7 @@ def test_watch_ships_the_candidates_and_nothing_else() -> None:
 
 
 def test_the_flight_recorder_keeps_the_last_events() -> None:
-    guest = Guest(*LOAD, "--seconds", "1", "--rate", "2000", "--vcpus", "2")
+    guest = Gated(*LOAD, "--seconds", "1", "--rate", "2000", "--vcpus", "2")
     with Session(Filters(pid=guest.process.pid), watch=True, flight=True) as session:
         prepared(session)
         guest.go()
@@ -162,8 +122,8 @@ def test_no_flight_recorder_unless_asked_for() -> None:
 def test_a_flood_takes_nothing_from_another_vm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small ring, drained too late for the guest that floods: the other VM loses nothing."""
     monkeypatch.setattr(session_module, "RING_BYTES", 1 << 17)
-    flood = Guest(*LOAD, "--seconds", "3")
-    quiet = Guest(*LOAD, "--seconds", "3", "--rate", "200")
+    flood = Gated(*LOAD, "--seconds", "3")
+    quiet = Gated(*LOAD, "--seconds", "3", "--rate", "200")
     guests = flood, quiet
     with Session(Filters()) as session:
         prepared(session)

@@ -19,28 +19,17 @@ import numpy as np
 import pytest
 
 from kvmprobe.capture.session import Filters, Session
-from kvmprobe.errors import GuestError
 from kvmprobe.guests import kvm, load
 from kvmprobe.guests.vmm import Machine
 from kvmprobe.stat.capture import count_captures
 from kvmprobe.stat.live import LiveStat
 from kvmprobe.stat.model import SLOT_HOLE, Counted, Key, Table
 from tests.batches import Batches
+from tests.processes import ROOT
 
-ROOT = Path(load.__file__).parents[2]
 STAT = (sys.executable, "-m", "kvmprobe", "stat")
 #: Rows of pages that the kernel keeps: PAGES of probes/stat.h.
 PAGES = 8192
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _needs_kvm_and_root() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("counting needs root")
-    try:
-        os.close(kvm.open_device())
-    except GuestError as error:
-        pytest.skip(str(error))
 
 
 def count(work: Callable[[], None]) -> Counted:

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import lzma
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,38 +19,20 @@ from kvmprobe.capture.plan import Method, make_plan
 from kvmprobe.capture.points import FUNCTIONS
 from kvmprobe.capture.program import Program
 from kvmprobe.capture.source import Options, program_text
-from kvmprobe.errors import GuestError
-from kvmprobe.guests import kvm, load
 from kvmprobe.host.bccload import load_bcc
 from kvmprobe.host.btf import KernelBtf
 from kvmprobe.host.symbols import Symbols
 from kvmprobe.probes.schema import Flag, Type
 from kvmprobe.store.reader import CaptureReader
+from tests.processes import KVMPROBE, LOAD, ROOT, running
 
-ROOT = Path(load.__file__).parents[2]
 BTF = ROOT / "tests/data/btf"
-KVMPROBE = (sys.executable, "-c", "from kvmprobe.cli.main import main; main()")
-LOAD = (sys.executable, "-m", "kvmprobe.guests.load")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _needs_kvm_and_root() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("recording needs root")
-    try:
-        os.close(kvm.open_device())
-    except GuestError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture
 def guest() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(
-        [*LOAD, "--seconds", "60", "--rate", "2000"], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
-    yield process
-    process.kill()
-    process.wait()
+    with running(*LOAD, "--seconds", "60", "--rate", "2000") as process:
+        yield process
 
 
 def test_stream_yields_frames_with_events(guest: subprocess.Popen[bytes]) -> None:

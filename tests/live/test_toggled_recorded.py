@@ -1,34 +1,21 @@
 # SPDX-License-Identifier: MIT
 """A memslot made and deleted, as fast as can be, where two vCPUs do MMIO: nobody is convicted."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-
 from kvmprobe.analysis.run import analyze
-from kvmprobe.errors import GuestError
-from kvmprobe.guests import kvm, load
 from kvmprobe.probes.schema import Flag, Type
 from kvmprobe.store.reader import CaptureReader
+from tests.processes import KVMPROBE, LOAD, ROOT
 
-ROOT = Path(load.__file__).parents[2]
-KVMPROBE = (sys.executable, "-m", "kvmprobe")
-LOAD = (sys.executable, "-m", "kvmprobe.guests.load", "--vcpus", "2", "--pio", "0", "--ram", "0")
+GUEST = (*LOAD, "--vcpus", "2", "--pio", "0", "--ram", "0")
 
 
 def test_lookups_while_memslots_change_are_unstable_and_convict_nobody(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("recording needs root")
-    try:
-        os.close(kvm.open_device())
-    except GuestError as error:
-        pytest.skip(str(error))
     path = tmp_path / "toggled.kvmprobe"
     # Alone of the types MMIO is seen by a tracepoint everywhere, whatever probes this kernel has.
-    guest = (*LOAD, "--flips", "1000000", "--seconds", "1")
+    guest = (*GUEST, "--flips", "1000000", "--seconds", "1")
     command = [*KVMPROBE, "record", "-o", str(path), "--", *guest]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -4,31 +4,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from kvmprobe.errors import GuestError
-from kvmprobe.guests import kvm, nested, smm
+from kvmprobe.guests import nested, smm
 from kvmprobe.guests.vmm import PAGE, Machine
 from kvmprobe.host.facts import host_facts
 from kvmprobe.verify import probes, run
 from kvmprobe.verify.answers import Answer
-
-ROOT = Path(run.__file__).parents[2]
-KVMPROBE = (sys.executable, "-m", "kvmprobe")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _needs_kvm() -> None:
-    try:
-        os.close(kvm.open_device())
-    except GuestError as error:
-        pytest.skip(str(error))
+from tests.processes import KVMPROBE, ROOT
 
 
 def descriptors() -> set[str]:

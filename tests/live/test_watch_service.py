@@ -6,7 +6,6 @@ It runs with the capabilities of the packaged unit alone.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -16,31 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from kvmprobe.errors import GuestError
-from kvmprobe.guests import kvm
 from kvmprobe.watch.status import Status
+from tests.processes import LOAD, running
 from tests.soak import soak
-from tests.watched import LOAD, PATIENCE, ROOT, Watch, left_behind, programs_of
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _needs_kvm_and_root() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("watching needs root")
-    try:
-        os.close(kvm.open_device())
-    except GuestError as error:
-        pytest.skip(str(error))
+from tests.watched import PATIENCE, Watch, left_behind, programs_of
 
 
 @pytest.fixture
 def guest() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(
-        [*LOAD, "--seconds", "600", "--rate", "500"], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
-    yield process
-    process.kill()
-    process.wait()
+    with running(*LOAD, "--seconds", "600", "--rate", "500") as process:
+        yield process
 
 
 @pytest.fixture
