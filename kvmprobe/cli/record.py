@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvmprobe.cli.target import Interrupts, process_of
+from kvmprobe.cli.target import Backend, Interrupts, process_of
 from kvmprobe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,12 +75,7 @@ def record(
             "[default: the larger of 1G and 5 %]",
         ),
     ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            "--backend", help="Probe functions only by: kprobe, fentry, or tracepoint (not at all)."
-        ),
-    ] = None,
+    backend: Backend = None,
     kernel_headers: Annotated[
         Path | None,
         typer.Option(

@@ -6,9 +6,19 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from kvmprobe.errors import UsageError
+
+#: The option that forces one way to probe functions; `capture.plan.BACKENDS` has those known.
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        "--backend", help="Probe functions only by: kprobe, fentry, or tracepoint (not at all)."
+    ),
+]
 
 
 def process_of(pid: int | None, vm: str | None) -> int | None:

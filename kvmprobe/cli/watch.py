@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvmprobe.cli.target import Backend
+
 if TYPE_CHECKING:
     from kvmprobe.watch.config import Config
 
@@ -35,12 +37,7 @@ def watch(
         Path | None,
         typer.Option("--runtime-directory", help="The status file.  [default: /run/kvmprobe]"),
     ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            "--backend", help="Probe functions only by: kprobe, fentry, or tracepoint (not at all)."
-        ),
-    ] = None,
+    backend: Backend = None,
     check_config: Annotated[
         bool, typer.Option("--check-config", help="Say whether the configuration is good; no more.")
     ] = False,

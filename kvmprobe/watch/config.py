@@ -176,7 +176,17 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
     try:
         return Config.model_validate(_merge(tables, overrides or {}))
     except ValidationError as error:
-        raise ConfigError(f"{name}: {_said(error)}") from None
+        where = "the command line" if _given(overrides or {}, error.errors()[0]["loc"]) else name
+        raise ConfigError(f"{where}: {_said(error)}") from None
+
+
+def _given(overrides: object, key: tuple[int | str, ...]) -> bool:
+    """Whether a flag says what the key has."""
+    for part in key:
+        if not isinstance(overrides, dict) or part not in overrides:
+            return False
+        overrides = overrides[part]
+    return bool(key)
 
 
 def _merge(tables: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

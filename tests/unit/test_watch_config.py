@@ -176,6 +176,15 @@ def test_check_config(
     assert err.count("\n") == 1
 
 
+def test_a_flag_is_not_blamed_on_the_file(write: Write) -> None:
+    path = write("log.files = 2\n")
+    with pytest.raises(ConfigError, match=r"^the command line: metrics\.listen: "):
+        load(path, {"metrics": {"listen": "here"}})
+    path.write_text("metrics.colour = 1\n")
+    with pytest.raises(ConfigError, match=f"^{path}: metrics.colour: unknown key"):
+        load(path, {"metrics": {"listen": ""}})
+
+
 def test_the_example_is_good_and_says_the_defaults(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], write: Write
 ) -> None:
