@@ -245,7 +245,8 @@ def _served() -> Iterator[tuple[str, ...]]:
     row = Row(observation="MMIO", site="MMIO", attachment="", attached=True, reason="")
     numbers = Numbers(
         status=status, plan=(row,), findings={}, errors={"log": 0}, evidence=0, attachments=0,
-        config_good=True, config_loaded=0.0, expired_ignores=0, drained=0.0, runs=0, run_ns=0,
+        config_good=True, config_loaded=0.0, expired_ignores=0, drained=0.0,
+        runs={"tp_kvm_entry": (1, 1)},
     )  # fmt: skip
     for family in _Collector(lambda: numbers).collect():
         sample = family.samples[0]

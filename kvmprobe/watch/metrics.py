@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What a watch knows, as Prometheus metrics over HTTP.
 
-No label takes a value that a guest or a VMM chooses: labels are observations, sites, rules, faults
-and other words of this program.
+No label takes a value that a guest or a VMM chooses: labels are observations, sites, rules, faults,
+the names of BPF programs and other words of this program.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Labels = TypeVar("Labels", bound=tuple[str, ...])
 class Numbers:
     """All that is told.  `findings` are occurrences by rule, since the start of the process.
 
-    `errors` are writes that failed, by output.  `runs` and `run_ns` are how often the probes ran
-    and how long, None where the kernel doesn't count (kernel.bpf_stats_enabled).  `drained` is the
+    `errors` are writes that failed, by output.  `runs` are by BPF program how long it ran, ns, and
+    how often: all 0 where the kernel doesn't count (kernel.bpf_stats_enabled).  `drained` is the
     wall clock of the last drain, s since 1970.
     """
 
@@ -53,8 +53,7 @@ class Numbers:
     config_loaded: float
     expired_ignores: int
     drained: float
-    runs: int | None
-    run_ns: int | None
+    runs: Mapping[str, tuple[int, int]]
 
 
 class _Collector:
@@ -93,9 +92,11 @@ def _about_the_watch(n: Numbers) -> Iterator[Metric]:
     errors = {(output,): count for output, count in n.errors.items()}
     yield _counter("output_errors", "Writes that failed.", errors, ["output"])
     yield _counter("evidence_captures", "Captures written for findings.", {(): n.evidence})
-    if n.runs is not None and n.run_ns is not None:
-        yield _counter("probe_runs", "Runs of BPF programs.", {(): n.runs})
-        yield _counter("probe_run_seconds", "Time in BPF programs.", {(): n.run_ns / 1e9})
+    if any(count for _, count in n.runs.values()):
+        runs = {(program,): count for program, (_, count) in n.runs.items()}
+        yield _counter("probe_runs", "Runs of a BPF program.", runs, ["program"])
+        seconds = {(program,): ns / 1e9 for program, (ns, _) in n.runs.items()}
+        yield _counter("probe_run_seconds", "Time in a BPF program.", seconds, ["program"])
 
 
 def _about_the_host(n: Numbers) -> Iterator[Metric]:

@@ -24,7 +24,7 @@ from kvmprobe.probes.schema import EVENT, rows
 from kvmprobe.watch import status as statuses
 from kvmprobe.watch.config import FIXED, Config, ConfigError, parse_listen, today
 from kvmprobe.watch.desk import Desk
-from kvmprobe.watch.host import kvm_modules, program_runs
+from kvmprobe.watch.host import kvm_modules
 from kvmprobe.watch.lock import DirectoryLock
 from kvmprobe.watch.metrics import MetricsServer, Numbers
 from kvmprobe.watch.output import ERROR, INFO, NOTICE, WARNING, Journal, Notify, wall
@@ -235,7 +235,6 @@ class Service:
     def _publish(self) -> None:
         """Make the numbers of the moment, and write the status file."""
         status = self._status()
-        counted = program_runs() if self._session is not None else None
         self._numbers = Numbers(
             status=status,
             plan=self._plan,
@@ -247,8 +246,7 @@ class Service:
             config_loaded=self._config_loaded,
             expired_ignores=len(self._config.expired(today())),
             drained=self._drained_wall,
-            runs=counted and counted[0],
-            run_ns=counted and counted[1],
+            runs=self._session.run_times() if self._session is not None else {},
         )
         directory = self._config.runtime_directory
         self._desk.keeper.now("status", lambda: statuses.write(status, directory))

@@ -21,11 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmprobe.analysis.rules import FAULTS, RULES
+from kvmprobe.capture.descriptors import NEEDED
 from kvmprobe.capture.plan import Row
 from kvmprobe.errors import HostError
 from kvmprobe.watch import status as statuses
 from kvmprobe.watch.config import Config
-from kvmprobe.watch.host import ended, kvm_modules, program_runs
+from kvmprobe.watch.host import ended, kvm_modules
 from kvmprobe.watch.metrics import MetricsServer, Numbers
 from kvmprobe.watch.output import WARNING, Journal, Log, Notify, entry, wall
 from kvmprobe.watch.snapshot import fault_verdicts
@@ -202,8 +203,7 @@ def numbers(**changes: object) -> Numbers:
         config_loaded=1.0,
         expired_ignores=0,
         drained=2.0,
-        runs=10,
-        run_ns=1000,
+        runs={"tp_kvm_entry": (1000, 10), "tp_kvm_mmio": (0, 0)},
     )
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -232,7 +232,8 @@ def test_metrics_have_no_label_that_a_guest_chooses(server: MetricsServer) -> No
     assert samples['kvmprobe_latched{ignored="yes",severity="critical"}'] == "1.0"
     assert samples['kvmprobe_lost_records_total{observation="MMIO"}'] == "2.0"
     assert samples['kvmprobe_vms{verdict="inconclusive"}'] == "2.0"
-    assert samples["kvmprobe_probe_run_seconds_total"] == "1e-06"
+    assert samples['kvmprobe_probe_run_seconds_total{program="tp_kvm_entry"}'] == "1e-06"
+    assert samples['kvmprobe_probe_runs_total{program="tp_kvm_mmio"}'] == "0.0"
     assert all(re.fullmatch(r"[\w .-]+", word) for word in re.findall(r'="([^"]*)"', text))
 
 
@@ -274,6 +275,8 @@ def test_the_unit_names_what_the_program_uses() -> None:
     assert f"RuntimeDirectory={config.runtime_directory.name}\n" in unit
     assert f"StateDirectory={config.state_directory.name}\n" in unit
     assert "CapabilityBoundingSet=CAP_BPF CAP_PERFMON\n" in unit
+    (limit,) = re.findall(r"^LimitNOFILE=(\d+)$", unit, re.MULTILINE)
+    assert int(limit) >= 2 * NEEDED
 
 
 def test_what_of_the_host_is_seen(tmp_path: Path) -> None:
@@ -287,9 +290,3 @@ def test_what_of_the_host_is_seen(tmp_path: Path) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
     assert ended([os.getpid(), process.pid]) <= {process.pid}
-    for n, text in enumerate(("prog_tag:\tx\nrun_time_ns:\t7\nrun_cnt:\t2\n", "link_type:\tx\n")):
-        (tmp_path / "fdinfo").mkdir(exist_ok=True)
-        (tmp_path / "fdinfo" / str(n)).write_text(text)
-    assert program_runs(tmp_path) == (2, 7)
-    (tmp_path / "fdinfo" / "0").write_text("prog_tag:\tx\nrun_time_ns:\t0\nrun_cnt:\t0\n")
-    assert program_runs(tmp_path) is None
