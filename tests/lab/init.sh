@@ -5,23 +5,27 @@
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/opt/venv/bin
 export HOME=/root LC_ALL=C.UTF-8 TERM=dumb LAB_VENDOR=$(</lab/vendor)
 
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
-mount -t tracefs tracefs /sys/kernel/tracing
-mount -t debugfs debugfs /sys/kernel/debug
-mount -t bpf bpf /sys/fs/bpf
-mkdir -p /dev/pts /dev/shm
-mount -t devpts devpts /dev/pts
-mount -t tmpfs tmpfs /dev/shm
-mount -t tmpfs tmpfs /run
-mount -t tmpfs tmpfs /tmp
-mount --bind /lab/out /out
-mount --bind /lab/code /opt/kvmprobe
-mount --bind /lab/modules /lib/modules
-ln -sf /proc/self/fd /dev/fd
-busybox ip link set lo up
-modprobe "kvm_$LAB_VENDOR" || echo "lab: kvm_$LAB_VENDOR did not load"
-[ ! -e /lab/lab_slot.ko ] || insmod /lab/lab_slot.ko
+if [ $$ = 1 ]; then
+    mount -t proc proc /proc
+    mount -t sysfs sysfs /sys
+    mount -t tracefs tracefs /sys/kernel/tracing
+    mount -t debugfs debugfs /sys/kernel/debug
+    mount -t bpf bpf /sys/fs/bpf
+    mkdir -p /dev/pts /dev/shm
+    mount -t devpts devpts /dev/pts
+    mount -t tmpfs tmpfs /dev/shm
+    mount -t tmpfs tmpfs /run
+    mount -t tmpfs tmpfs /tmp
+    mount --bind /lab/out /out
+    mount --bind /lab/code /opt/kvmprobe
+    mount --bind /lab/modules /lib/modules
+    ln -sf /proc/self/fd /dev/fd
+    busybox ip link set lo up
+    modprobe "kvm_$LAB_VENDOR" || echo "lab: kvm_$LAB_VENDOR did not load"
+    [ ! -e /lab/lab_slot.ko ] || insmod /lab/lab_slot.ko
+    # A job may bring another PID 1, a service manager: that one runs this file again.
+    [ ! -e /lab/first ] || exec bash /lab/first
+fi
 
 cd /out
 echo "LAB-START $(cut -d' ' -f1 /proc/uptime)"

@@ -36,14 +36,15 @@ sys.exit(main())
 """
 
 
-def get_root(release_name: str) -> Path:
+def get_root(release_name: str, more: tuple[str, ...] = ()) -> Path:
     """Return the root disk (an ext4 image) of a Debian release, built if need be.
 
     kvmprobe itself is not in it: the VM finds it in /opt/kvmprobe, which each run brings along.
+    `more` are packages beside those that kvmprobe and the lab need.
     Raises MissingError when not root, or when the mirror or a program is missing.
     """
-    release = Release(release_name)
-    versions = [(name, release.show(name).version) for name in PACKAGES]
+    release, packages = Release(release_name), (*PACKAGES, *more)
+    versions = [(name, release.show(name).version) for name in packages]
     python = ".".join(dict(versions)["python3"].split(".")[:2])
     requirements = _requirements()
     key = content_key(release_name, versions, requirements, _COMMAND, _DISK_MEBIBYTES, 1)
@@ -52,7 +53,7 @@ def get_root(release_name: str) -> Path:
         if scratch is not None:
             say(f"building the root disk of {release_name} (Python {python}); takes minutes")
             tree = scratch / "tree"
-            bootstrap(release_name, PACKAGES, tree)
+            bootstrap(release_name, packages, tree)
             _install_dependencies(tree, scratch / "wheels", python, requirements)
             _trim(tree)
             make_disk(tree, scratch / disk.name, _DISK_MEBIBYTES)
