@@ -100,10 +100,20 @@ static __always_inline int read_cache(struct mmio_cache *c, struct now *n)
 	return error ? -1 : 0;
 }
 
-/* KVM writes nothing into the cache while memslots change: what is there may be the entry of before. */
+/*
+ * KVM writes nothing into the cache while the memslots change that it goes by: an entry found unchanged may
+ * be the one of before.
+ */
 static __always_inline int updating(const struct now *n)
 {
 	return (n->slots.gen | n->gen0) >> 63;
+}
+
+/* Whether the cache was written since it was sampled: gva alone going to 0 is a clear. */
+static __always_inline int rewritten(const struct mmio_cache *c, const struct mmio_cache *sampled)
+{
+	return c->gfn != sampled->gfn || c->gen != sampled->gen || c->access != sampled->access ||
+	       (c->gva != sampled->gva && c->gva);
 }
 
 /* Whether the cache's entry was filled in the other address space: known only of the entry last sampled. */
@@ -162,8 +172,7 @@ static __always_inline void sample_cache(struct now *n, u8 site)
 
 	if (read_cache(&c, n))
 		return;
-	changed = c.gfn != st->cache.gfn || c.gen != st->cache.gen || c.access != st->cache.access ||
-		  (c.gva != st->cache.gva && c.gva); /* gva alone going to 0 is a clear */
+	changed = rewritten(&c, &st->cache);
 	moved = ((st->flags ^ st->sampled_flags) & (KVMPROBE_F_L2 | KVMPROBE_F_SMM)) ||
 		st->sampled_gen != n->slots.gen;
 	if (!changed && !st->refill && !(moved && c.gfn)) {

@@ -293,7 +293,7 @@ static __always_inline void on_noslot_exit(struct now *n, s32 ret)
 		return;
 	read_now(n, n->st->kvm, n->st->flags);
 	e = begin(n->st, KVMPROBE_FILL, KVMPROBE_AT_NOSLOT);
-	n->st->filled_in = updating(n) ? 0 : n->smm + 1;
+	n->st->filled_in = rewritten(&c, &n->st->cache) || !updating(n) ? n->smm + 1 : 0;
 	fill_in_cache(e, n, &c);
 	remember_sample(n, &c);
 }

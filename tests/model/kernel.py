@@ -93,12 +93,14 @@ class Vcpu:
         look(self)
         self.vm.truth.sample(self)
 
-    def _mark_time(self) -> tuple[int, int, bool]:
-        return self.vm.steps, len(self.vm.truth.happenings), self.vm.changing
+    def _mark_time(self) -> tuple[int, bool, Cache, tuple[int, int]]:
+        return self.vm.steps, self.vm.changing, self.cache, self.vm.truth.mark()
 
-    def _doubt_if_changed(self, steps: int, first: int, changing: bool) -> None:
+    def _doubt_if_changed(
+        self, steps: int, changing: bool, entry: Cache, mark: tuple[int, int]
+    ) -> None:
         if changing or self.vm.steps != steps:
-            self.vm.truth.doubt(first)
+            self.vm.truth.doubt(self, mark, rewritten=self.cache != entry)
 
     def leave(self) -> None:
         """Exit handling is over, or goes to user space."""

@@ -241,7 +241,8 @@ class Probes(State):
         if vcpu.cache.gfn != gfn:
             return
         row = self._begin(st, Type.FILL, Site.NOSLOT)
-        st.filled_in = None if self._updating(vcpu, now) else vcpu.as_id
+        known = self._rewritten(vcpu.cache, st.cache) or not self._updating(vcpu, now)
+        st.filled_in = vcpu.as_id if known else None
         self._in_cache(row, vcpu, st, now)
         self._remember(vcpu, st, now)
         self._send(row)

@@ -42,6 +42,7 @@ from tests.model.rows import (
     candidate,
     slot_flags,
 )
+from tests.model.terms import Cache
 
 
 @dataclass
@@ -127,6 +128,12 @@ class State:
         """updating()"""
         return bool((now | vcpu.vm.gens[0]) & IN_PROGRESS)
 
+    @staticmethod
+    def _rewritten(cache: Cache, old: Cache) -> bool:
+        """rewritten()"""
+        changed = (cache.gfn, cache.gen, cache.access) != (old.gfn, old.gen, old.access)
+        return changed or (cache.gva != old.gva and cache.gva != 0)
+
     def _in_cache(self, row: Row, vcpu: Vcpu, st: VcpuState, now: int) -> None:
         cache = vcpu.cache
         row.addr, row.value, row.gen = cache.gfn << 12, cache.gva, cache.gen
@@ -143,9 +150,8 @@ class State:
 
     def _sample(self, vcpu: Vcpu, st: VcpuState, now: int, site: int) -> None:
         """sample_cache()"""
-        cache, old, first = vcpu.cache, st.cache, st.refill == FIRST_SIGHT
-        changed = (cache.gfn, cache.gen, cache.access) != (old.gfn, old.gen, old.access)
-        changed = changed or (cache.gva != old.gva and cache.gva != 0)
+        cache, first = vcpu.cache, st.refill == FIRST_SIGHT
+        changed = self._rewritten(cache, st.cache)
         moved = bool((st.flags ^ st.sampled_flags) & (L2 | SMM)) or st.sampled_gen != now
         if not changed and not st.refill and not (moved and cache.gfn):
             self._remember_look(st, now)

@@ -160,3 +160,34 @@ def test_recording_begins_within_a_fault() -> None:
     assert rig.do(How.STRING, hole, False) is Result.USERSPACE
     assert rig.happened(What.HARMLESS) == 2
     rig.check()
+
+
+def fill_while_memslots_change(rig: Rig, gfn: int) -> None:
+    """In SMM, the cache is filled while address space 1 changes, and only that one."""
+    rig.vcpu.enter_smm()
+    rig.vm.begin(Change(1, None, Slot(5, 0x400, 2)))
+    rig.vm.step()  # the grace period runs
+    assert rig.do(How.PLAIN, gfn << 12, False) is Result.USERSPACE
+    rig.vm.settle()
+    rig.vcpu.leave_smm()
+
+
+def test_entry_written_while_memslots_change() -> None:
+    """Another entry than before was written, so it is known to be SMM's: L2's misread is found."""
+    rig = Rig(K6_12_107, (0, ROOM), (1, ROOM), (0, Slot(2, 0xC0, 4)))
+    fill_while_memslots_change(rig, 0xC0)
+    rig.vcpu.enter_l2(nested=False)
+    assert rig.do(How.STRING, 0xC0 << 12, False) is Result.USERSPACE
+    assert rig.happened(What.MIXED_UP) == 1
+    rig.check()
+    assert "address-space-mixup" in findings(rig)
+
+
+def test_equal_entry_written_while_memslots_change() -> None:
+    """The entry is as it was before: nothing tells that SMM wrote it once more."""
+    rig = Rig(K6_12_107, (0, ROOM), (1, ROOM))
+    rig.do(How.PLAIN, 0x300 << 12, False)
+    fill_while_memslots_change(rig, 0x300)
+    assert rig.do(How.STRING, 0x300 << 12, False) is Result.USERSPACE
+    assert rig.happened(What.HARMLESS) > 0
+    rig.check()

@@ -59,10 +59,11 @@ class Truth:
     smm_seen: set[tuple[int, int]] = field(default_factory=set)
     #: vCPUs that were looked at since the recording began: what they do can be seen in full.
     met: set[tuple[int, int]] = field(default_factory=set)
-    #: Of each vCPU's cache entry: the address space it was filled in, whether that was since the
-    #: vCPU was met, and whether the page was memory of KVM's own then.
+    #: Of each vCPU's cache entry: the address space it was filled in, whether that could be seen,
+    #: and whether the page was memory of KVM's own then.
     filled_in: dict[tuple[int, int], int] = field(default_factory=dict)
     fill_seen: set[tuple[int, int]] = field(default_factory=set)
+    fills: int = 0
     hidden_then: dict[tuple[int, int], bool] = field(default_factory=dict)
     #: vCPUs that lost mmu_lock after a fill: the fault was retried without an emulation.
     retried: set[tuple[int, int]] = field(default_factory=set)
@@ -76,9 +77,19 @@ class Truth:
             seen = who in self.smm_seen
             self.happenings.append(Happening(what, *who, gfn, number, vcpu.l2, seen, clean))
 
-    def doubt(self, first: int) -> None:
-        """Memslots changed around all happenings from `first` on."""
+    def mark(self) -> tuple[int, int]:
+        """Return how many happenings and fills there were so far."""
+        return len(self.happenings), self.fills
+
+    def doubt(self, vcpu: Vcpu, mark: tuple[int, int], *, rewritten: bool) -> None:
+        """Memslots changed around what the vCPU did since `mark`.
+
+        KVM may skip a fill then: one that left the entry as it was can't be told from none.
+        """
+        first, fills = mark
         self.happenings[first:] = [replace(h, clean=False) for h in self.happenings[first:]]
+        if self.fills != fills and not rewritten:
+            self.fill_seen.discard((vcpu.vm.kvm, vcpu.id))
 
     def sample(self, vcpu: Vcpu) -> None:
         """The cache can be looked at here: kvm_entry, kvm_emulate_insn, a reserved-bit fault.
@@ -120,6 +131,7 @@ class Truth:
         """The cache was to be filled; `fault`: by a fault that resolved() has told of."""
         if not written:
             return
+        self.fills += 1
         self.filled_in[vcpu.vm.kvm, vcpu.id] = vcpu.as_id
         if (vcpu.vm.kvm, vcpu.id) in self.met:
             self.fill_seen.add((vcpu.vm.kvm, vcpu.id))
