@@ -20,7 +20,7 @@ from tests.lab.helper import get_helper
 from tests.lab.kernels import get_kernel, parse_spec
 from tests.lab.qemu import qemu_command
 from tests.lab.rootfs import get_root
-from tests.lab.vm import Job, run_job
+from tests.lab.vm import Job, Outcome, run_job
 
 _LIMIT = 3600.0
 #: doctor, check and verify without a watch; and the watch, with check, ack and doctor beside.
@@ -69,7 +69,11 @@ def try_host(host: Host, parts: Sequence[str], code: Path, results: Path) -> lis
     )
     job = Job(kernel, get_root(release), "amd", command, code=code, extra=extra, limit=_LIMIT)
     say(f"booting {kernel.release} ({kernel.package_version}): {host.fault}, {host.state}")
-    outcome = run_job(job, qemu_command, results)
+    return seen_in(run_job(job, qemu_command, results), results)
+
+
+def seen_in(outcome: Outcome, results: Path) -> list[Seen]:
+    """What a trial in the VM has noted; LabError when it did not come to its end."""
     if outcome.status:
         raise LabError(f"it broke off, see {results}/output: {outcome.output.splitlines()[-1]}")
     lines = (outcome.out / "seen.ndjson").read_text().splitlines()

@@ -143,14 +143,14 @@ class Trial:
     def watched(self) -> None:
         """Try the service, from a first finding over a restart and a reload to its end."""
         with self._watch("1") as watch:
-            self._check_answers("check from a quiet watch", 0)
+            self.check_answers("check from a quiet watch", 0)
             with self.guest() as pid:
                 begun = time.monotonic()
-                first = self._found(pid)
+                first = self.found(pid)
                 self.figure("told within", f"{time.monotonic() - begun:.1f} s")
                 if first is None:
-                    self._check_answers("check from the watch", 0)
-                    metrics = self._metrics()
+                    self.check_answers("check from the watch", 0)
+                    metrics = self.metrics()
                     name = f'kvmprobe_fault_verdict{{fault="{self.fault}",verdict="fixed"}}'
                     self.note("metrics: fixed", 1.0, metrics.get(name))
                 else:
@@ -160,17 +160,17 @@ class Trial:
             if first is not None:
                 kept = [each.id for each in self._status().findings]
                 self.note("a restart keeps the finding", True, first in kept)
-                self._check_answers("check after the restart", 2)
+                self.check_answers("check after the restart", 2)
             self._reload()
             with self.guest() as pid:
-                again = self._found(pid)
+                again = self.found(pid)
             if first is not None:
                 self.note("another VM, another finding", True, again not in (None, first))
                 for each in [each.id for each in self._status().findings]:
                     code, said, _ = self.run("ack.txt", "ack", each, "--reason", "tried")
                     self.note("ack", (0, f"{each}: acknowledged\n"), (code, said))
-                self._until(lambda status: not status.findings)
-                self._check_answers("check after the ack", 1)
+                self.until(lambda status: not status.findings)
+                self.check_answers("check after the ack", 1)
             self._end(watch)
 
     def _finding(self, key: str) -> None:
@@ -182,10 +182,10 @@ class Trial:
         journal = (self.out / "watch-1.txt").read_text()
         self.note("journal (stderr)", True, f"critical finding {key}" in journal)
         name = f'kvmprobe_findings_total{{rule="{self.rule}",severity="critical"}}'
-        self.note("metrics: occurrences", True, self._metrics().get(name, 0) > 0)
+        self.note("metrics: occurrences", True, self.metrics().get(name, 0) > 0)
         name = 'kvmprobe_latched{ignored="no",severity="critical"}'
-        self.note("metrics: latched", True, self._metrics().get(name, 0) > 0)
-        self._check_answers("check from the watch", 2)
+        self.note("metrics: latched", True, self.metrics().get(name, 0) > 0)
+        self.check_answers("check from the watch", 2)
         capture = Path(finding.capture or "")
         self.figure("evidence", f"{capture.stat().st_size} bytes")
         code, said, _ = self.run("evidence.json", "analyze", "--json", capture)
@@ -196,16 +196,17 @@ class Trial:
         word = json.loads(said)["exposure"][self.fault]["word"] if not code else said
         self.note("doctor --capture", "shown", word)
 
-    def _check_answers(self, what: str, wanted: int) -> None:
+    def check_answers(self, what: str, wanted: int) -> None:
+        """Ask `check`, which has to answer from the watch's status."""
         code, said, seconds = self.run(f"{what.replace(' ', '-')}.json", "check", "--json")
         answer = json.loads(said)
         self.note(what, (wanted, "watch"), (code, answer["source"]))
         self.figure(f"{what} took", f"{seconds:.1f} s")
 
-    def _found(self, pid: int) -> str | None:
+    def found(self, pid: int) -> str | None:
         """Wait for this process's critical finding with its evidence, or for the verdict fixed."""
         if not self.vulnerable:
-            self._until(lambda status: status.verdicts[self.fault].verdict == "fixed")
+            self.until(lambda status: status.verdicts[self.fault].verdict == "fixed")
             self.note("findings", 0, len(self._status().findings))
             return None
 
@@ -214,7 +215,7 @@ class Trial:
                 f.pid == pid and f.severity == "critical" and f.capture for f in status.findings
             )
 
-        status = self._until(there)
+        status = self.until(there)
         return next(f.id for f in status.findings if f.pid == pid)
 
     def _reload(self) -> None:
@@ -222,11 +223,11 @@ class Trial:
         for command in (["rmmod", "kvm_amd"], ["modprobe", "kvm_amd"]):
             subprocess.run(command, check=True)
         begun = time.monotonic()
-        while self._metrics()["kvmprobe_attachments_total"] < 2:
+        while self.metrics()["kvmprobe_attachments_total"] < 2:
             if time.monotonic() - begun > PATIENCE:
                 raise AssertionError("the watch didn't attach again")
             time.sleep(0.5)
-        self._until(lambda status: status.state == "watching")
+        self.until(lambda status: status.state == "watching")
         self.note("attached again after a reload of kvm_amd", True, True)
         self.figure("attaching again took", f"{time.monotonic() - begun:.1f} s")
 
@@ -236,7 +237,7 @@ class Trial:
             process = subprocess.Popen(["kvmprobe", "watch"], stdout=sink, stderr=sink)
             try:
                 begun = time.monotonic()
-                self._until(lambda status: status.state == "watching")
+                self.until(lambda status: status.state == "watching")
                 self.figure("watch was attached within", f"{time.monotonic() - begun:.1f} s")
                 yield process
             finally:
@@ -251,9 +252,10 @@ class Trial:
         self.note("its status is gone", False, (_RUNTIME / "status.json").exists())
 
     def _status(self) -> Status:
-        return self._until(lambda _: True)
+        return self.until(lambda _: True)
 
-    def _until(self, true: Callable[[Status], bool]) -> Status:
+    def until(self, true: Callable[[Status], bool]) -> Status:
+        """Wait until the watch's status is so, and return it."""
         end = time.monotonic() + PATIENCE
         status: Status | None = None
         while time.monotonic() < end:
@@ -264,7 +266,8 @@ class Trial:
             time.sleep(0.2)
         raise AssertionError(f"the watch's status didn't become what was expected: {status}")
 
-    def _metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
+        """The watch's metrics, by name with labels."""
         with urllib.request.urlopen(f"http://{self._status().metrics}/metrics") as answer:
             lines = answer.read().decode().splitlines()
         samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
