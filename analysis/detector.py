@@ -24,7 +24,8 @@ from kvmprobe.probes.schema import EVENT, Columns, Type
 COLUMNS: tuple[str, ...] = EVENT.names or ()
 
 _PAGE_SHIFT = np.uint64(12)
-_STEPPED = ("ts", "type", "site", "flags", "slot", "kind")
+#: What the steps see of an event, beside its page.
+STEPPED: tuple[str, ...] = ("ts", "type", "site", "flags", "slot", "kind")
 _FIRST_CAPACITY = 64
 
 
@@ -89,7 +90,8 @@ class Detector:
         """Take in one batch.
 
         Args:
-            columns: every field of the event; contiguous or not, read-only or not.
+            columns: every field of the event; contiguous or not, read-only or not.  `type`, `flags`
+                and `slot` say which others are taken.
 
         """
         chosen = WATCHED.pick(columns)
@@ -98,8 +100,8 @@ class Detector:
         key = columns["vm"][chosen].astype(np.int64) << 16 | columns["vcpu"][chosen]
         rows = steps.Rows(
             key=key,
-            gfn=columns["addr"][chosen] >> _PAGE_SHIFT,
-            **{name: columns[name][chosen] for name in _STEPPED},
+            gfn=_pages(columns, chosen),
+            **{name: columns[name][chosen] for name in STEPPED},
         )
         self._stepped += len(chosen)
         out = steps.new_out(len(chosen))
@@ -251,6 +253,19 @@ class Detector:
         self._places = steps.move(self._places, keep, capacity)
         self._used = len(keep)
         self._causes = causes
+
+
+def is_placeless(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Say which of these types have no address that a rule looks at."""
+    placeless: NDArray[np.bool_] = (kinds == Type.GENERATION) | (kinds == Type.LIFECYCLE)
+    return placeless
+
+
+def _pages(columns: Columns, chosen: NDArray[np.intp]) -> NDArray[np.uint64]:
+    """The pages of the chosen events; a batch's addresses are not touched where none has one."""
+    if is_placeless(columns["type"][chosen]).all():
+        return np.zeros(len(chosen), np.uint64)
+    return columns["addr"][chosen] >> _PAGE_SHIFT
 
 
 def _rows(columns: Columns, chosen: NDArray[np.intp]) -> NDArray[Any]:

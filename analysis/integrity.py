@@ -24,7 +24,6 @@ _COMPILE_AFTER = 1_000_000
 LIST_LIMIT = 100
 
 _OF_LOSS = ("vm", "kind", "aux", "len", "addr")
-_FOLLOWED = ("ts", "vm", "vcpu", "seq", "type", "kind")
 _REPEATS = "repeats"
 _GOES_BACK = "goes back"
 _NO_VM = "belongs to no VM"
@@ -201,8 +200,8 @@ class Integrity:
         """Take in one batch.
 
         Args:
-            columns: a batch with `ts`, `vm`, `vcpu`, `seq`, `type`, `flags`, `addr`, `aux`,
-                `kind`, `len`.
+            columns: a batch with `vm`, `vcpu`, `seq`, `type`, `flags`; `ts`, `addr`, `aux`, `kind`
+                and `len` are taken only when something is told by them.
 
         """
         if self._taken_whole(columns):
@@ -218,11 +217,11 @@ class Integrity:
         if lossy:
             own &= kinds != Type.LOSS
         if len(own) and own.all():
-            self._follow({name: columns[name] for name in _FOLLOWED})
+            self._follow(columns, slice(None))
         else:
             self._meet(columns["vm"][~own & (kinds != Type.LOSS)])
             if own.any():
-                self._follow({name: columns[name][own] for name in _FOLLOWED})
+                self._follow(columns, own)
         if counts[Type.LIFECYCLE]:
             gone = (kinds == Type.LIFECYCLE) & (columns["kind"] == LifecycleChange.VM_GONE)
             self._forget_sequences(set(columns["vm"][gone].tolist()))
@@ -292,38 +291,35 @@ class Integrity:
 
     def _follows(
         self,
-        columns: Columns,
-        order: NDArray[np.intp],
+        seq: NDArray[np.uint32],
         key: NDArray[np.int64],
         first: NDArray[np.intp],
         last: NDArray[np.intp],
     ) -> bool:
-        """Take the batch in if nothing is missing, no vCPU is new and none comes or goes."""
-        seq = columns["seq"][order]
+        """Take the sequences in if nothing is missing and no vCPU is new."""
         goes_on = seq[1:] - seq[:-1] == 1
         goes_on[first[1:] - 1] = True
         known = [self._last.get(k) for k in key[first].tolist()]
         heads = seq[first].tolist()
-        if (
-            not goes_on.all()
-            or any(k is None or (k + 1) % 2**32 != s for k, s in zip(known, heads, strict=True))
-            or (columns["type"] == Type.LIFECYCLE).any()
+        if not goes_on.all() or any(
+            k is None or (k + 1) % 2**32 != s for k, s in zip(known, heads, strict=True)
         ):
             return False
         self._last.update(zip(key[first].tolist(), seq[last].tolist(), strict=True))
         return True
 
-    def _follow(self, columns: Columns) -> None:
-        """Compare each event's sequence number with the one before it on the same vCPU."""
-        order, key = _by_vcpu(columns)
+    def _follow(self, columns: Columns, own: slice | NDArray[np.bool_]) -> None:
+        """Compare each event's sequence number, of vCPUs' `own`, with the one before it."""
+        order, key = _by_vcpu(columns["vm"][own], columns["vcpu"][own])
         first = np.flatnonzero(np.diff(key, prepend=-1))
         last = np.append(first[1:], len(key)) - 1
-        if self._follows(columns, order, key, first, last):
+        lifecycle = columns["type"][own][order] == Type.LIFECYCLE
+        numbers = columns["seq"][own][order]
+        if not lifecycle.any() and self._follows(numbers, key, first, last):
             return
-        ts = columns["ts"][order]
-        seq = columns["seq"][order].astype(np.int64)
-        lifecycle = columns["type"][order] == Type.LIFECYCLE
-        change = columns["kind"][order]
+        ts = columns["ts"][own][order]
+        seq = numbers.astype(np.int64)
+        change = columns["kind"][own][order]
         ends = lifecycle & (change == LifecycleChange.VCPU_GONE)
         self._meet(key[first] >> 16)
         before = np.empty_like(seq)
@@ -352,9 +348,10 @@ class Integrity:
         self._doubt(_GOES_BACK, sorted_columns, np.flatnonzero(step < 0))
 
 
-def _by_vcpu(columns: Columns) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+def _by_vcpu(
+    vm: NDArray[np.uint32], vcpu: NDArray[np.uint16]
+) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
     """Order events by vCPU, each vCPU's as they came; also return the keys in that order."""
-    vm, vcpu = columns["vm"], columns["vcpu"]
     low, width = int(vm.min()), int(vcpu.max()) + 1
     if (int(vm.max()) - low + 1) * width <= 1 << 16:
         # numpy sorts 16-bit keys by radix: ten times faster.

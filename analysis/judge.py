@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvmprobe.analysis.detector import WATCHED, Detector
+from kvmprobe.analysis.detector import STEPPED, WATCHED, Detector, is_placeless
 from kvmprobe.analysis.findings import Acquittal, Finding
 from kvmprobe.analysis.integrity import Integrity
 from kvmprobe.analysis.verdict import Coverage, Verdict, decide, worst
 from kvmprobe.analysis.vms import Vm, VmNames
-from kvmprobe.probes.schema import Columns, Type
+from kvmprobe.probes.schema import EVENT, Columns, Type
 
 #: The columns that every batch must have; most of a healthy host's batches need no other.
-COLUMNS = ("ts", "vm", "vcpu", "seq", "type", "flags", "slot", "kind")
+COLUMNS = ("vm", "vcpu", "seq", "type", "flags", "slot")
 
 #: VMs that are gone and still told by themselves; those before stay in all totals and findings.
 GONE_LIMIT = 4096
@@ -24,12 +24,17 @@ GONE_LIMIT = 4096
 _COMPILE_AFTER = 100_000
 
 
-def needs_whole(columns: Columns) -> bool:
-    """Say of a batch with `COLUMNS` whether `Judge.feed` needs every field of it.
+def further(columns: Columns) -> tuple[str, ...]:
+    """Name the columns that `Judge.feed` will need of a batch, beside `COLUMNS`.
 
-    It does when an event in it is stepped over, tells a name or tells a loss.
+    Those of an event that is stepped over, that tells a name or a loss.  Evidence is whole events,
+    so that all others may be needed too.
     """
-    return bool(len(WATCHED.pick(columns)) or (columns["type"] == Type.LOSS).any())
+    kinds = columns["type"]
+    stepped = kinds[WATCHED.pick(columns)]
+    if (kinds == Type.LOSS).any() or not is_placeless(stepped).all():
+        return EVENT.names or ()
+    return STEPPED if len(stepped) else ()
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class Judge:
         """Take in one batch; LOSS events count as losses.
 
         Args:
-            columns: every field of the event; or `COLUMNS` alone, if not `needs_whole` of them.
+            columns: every field of the event; all but `COLUMNS` are taken only when needed.
 
         """
         self._detector.feed(columns)

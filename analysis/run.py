@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from kvmprobe.analysis.findings import Finding
 from kvmprobe.analysis.integrity import Integrity
-from kvmprobe.analysis.judge import COLUMNS, Judge, Reading, Report, VmReport, needs_whole
+from kvmprobe.analysis.judge import COLUMNS, Judge, Reading, Report, VmReport, further
 from kvmprobe.analysis.verdict import Coverage, Verdict, merge, worst
 from kvmprobe.analysis.vms import VmNames
 from kvmprobe.probes.schema import Columns
@@ -55,9 +55,9 @@ class Screening(Protocol):
     """What a reader may have beside: it leaves unread what the analysis doesn't need."""
 
     def screened(
-        self, columns: Sequence[str], whole: Callable[[Columns], bool]
+        self, columns: Sequence[str], further: Callable[[Columns], Sequence[str]]
     ) -> Iterator[Columns]:
-        """The events: these columns, and the others of batches for which `whole` says so."""
+        """The events: these columns, and others when asked for; `further` says what will be."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +176,7 @@ def _analyze(reader: Reader, *, jit: bool) -> CaptureAnalysis:
     header = reader.header
     judge = Judge(header["plan"], jit=jit)
     batches = (
-        reader.screened(COLUMNS, needs_whole) if isinstance(reader, Screening) else reader.batches()
+        reader.screened(COLUMNS, further) if isinstance(reader, Screening) else reader.batches()
     )
     for columns in batches:
         judge.feed(columns)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kvmprobe.errors import CaptureError
 from kvmprobe.store import format as fmt
 from kvmprobe.store.flatbuf import MalformedError
-from kvmprobe.store.reader import Batch, CaptureReader, Damage, Whole
+from kvmprobe.store.reader import Batch, CaptureReader, Damage, Further
 
 #: Events in a row group: 28 MiB before they are compressed.
 GROUP = 1 << 19
@@ -133,17 +133,22 @@ class ParquetReader(CaptureReader):
             chunk = group.column(0)
             offset = chunk.dictionary_page_offset or chunk.data_page_offset
             size = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
-            yield Batch(index, first, events, (), offset, size, (), (), 0)
+            yield Batch(index, first, events, (), offset, size)
             first += events
 
-    def screened(self, columns: Sequence[str], whole: Whole) -> Iterator[dict[str, NDArray[Any]]]:
-        """The events, as `batches(columns)`; batches of which `whole` says so have all columns.
+    def screened(
+        self, columns: Sequence[str], further: Further
+    ) -> Iterator[dict[str, NDArray[Any]]]:
+        """The events, as `batches(columns)`; a batch's other columns are read when asked for.
 
-        `whole` is given the columns asked for, and called from several threads.  What is not read
-        is not checked: so only here, where each page has a checksum and damage is rare, not in
-        recordings that an end of power may have cut.
+        `further` is given the columns of each batch and names others that will be needed, which are
+        read ahead; it is called from several threads.  A column that can't be read when it is asked
+        for is 0, and the batch is among `damaged`.
+
+        What is not read is not checked: so only here, where each page has a checksum and damage is
+        rare, not in recordings that an end of power may have cut.
         """
-        return self._decode(self.infos(), tuple(columns), whole)
+        return self._decode(self.infos(), tuple(columns), further)
 
     def _columns(self, batch: Batch, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         import pyarrow as pa

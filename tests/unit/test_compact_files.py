@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvmprobe
-from kvmprobe.analysis.judge import COLUMNS, needs_whole
+from kvmprobe.analysis.detector import STEPPED
+from kvmprobe.analysis.judge import COLUMNS, further
 from kvmprobe.analysis.run import Screening, analyze
 from kvmprobe.cli.compact import compact
 from kvmprobe.cli.main import main
@@ -120,22 +121,56 @@ def test_damage_stays_known(call: Call, tmp_path: Path) -> None:
     assert document(made) == document(path)
 
 
-@pytest.mark.parametrize("lossy", [False, True])
-def test_only_what_the_rules_need_is_read(call: Call, tmp_path: Path, lossy: bool) -> None:
-    calm = stream(1000)
-    calm = calm[calm["type"] != Type.GENERATION]
-    if lossy:
-        lost = {"type": Type.LOSS, "vcpu": NO_VCPU, "kind": Type.MMIO, "addr": 7}
-        for name, value in lost.items():
-            calm[name][-1] = value
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [
+        (None, COLUMNS),
+        (Type.GENERATION, (*COLUMNS, *STEPPED)),
+        (Type.LOSS, EVENT.names),
+    ],
+)
+def test_only_what_the_rules_need_is_read(
+    call: Call, tmp_path: Path, kind: Type | None, read: tuple[str, ...]
+) -> None:
+    events = stream(1000)
+    events = events[events["type"] != Type.GENERATION]
+    if kind is not None:
+        told = {"type": kind, "vcpu": NO_VCPU, "kind": Type.MMIO, "addr": 7}
+        for name, value in told.items():
+            events[name][-1] = value
     made = tmp_path / "c.parquet"
-    assert call("compact", write(tmp_path / "c", calm), "-o", made)[0] == 0
+    assert call("compact", write(tmp_path / "c", events), "-o", made)[0] == 0
     with CaptureReader(made) as reader:
         assert isinstance(reader, Screening)
-        (batch,) = reader.screened(COLUMNS, needs_whole)
-    assert set(batch) == set((EVENT.names or ()) if lossy else COLUMNS)
+        (batch,) = reader.screened(COLUMNS, further)
+        assert set(batch) == set(read)
+        # The others come when they are asked for.
+        assert rows({name: batch[name] for name in EVENT.names or ()}).tobytes() == events.tobytes()
     with CaptureReader(made) as reader:
-        assert analyze([reader], jit=False).lost == (7 if lossy else 0)
+        assert analyze([reader], jit=False).lost == (7 if kind == Type.LOSS else 0)
+
+
+def test_evidence_that_was_not_read_ahead(call: Call, tmp_path: Path) -> None:
+    events = np.zeros(1000, EVENT)
+    events["ts"] = 10**12 + np.arange(1000) * 8_000_000
+    events["vm"], events["vcpu"], events["slot"] = 1, NO_VCPU, -1
+    events["type"], events["value"] = Type.GENERATION, np.arange(1000)
+    made = tmp_path / "c.parquet"
+    assert call("compact", write(tmp_path / "c", events), "-o", made)[0] == 0
+    with CaptureReader(made) as reader:
+        (finding,) = analyze([reader], jit=False).captures[0].findings
+    assert finding.rule.id == "stale-spte-storm"
+    assert set(finding.evidence["value"].tolist()) <= set(range(1000)) - {0}
+
+    data = bytearray(made.read_bytes())
+    chunk = pq.read_metadata(made).row_group(0).column(list(EVENT.names or ()).index("value"))
+    data[chunk.data_page_offset + chunk.total_compressed_size - 10] ^= 1
+    made.write_bytes(data)
+    with CaptureReader(made) as reader:
+        (capture,) = analyze([reader], jit=False).captures
+        assert [damage.batch_index for damage in reader.damaged] == [0]
+    assert not capture.findings[0].evidence["value"].any()
+    assert capture.coverage.damaged == 1
 
 
 @settings(max_examples=25)
