@@ -77,7 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     matrix.add_argument("--kernel", action="append", default=[], help="default: kernels.toml's")
     matrix.add_argument("--vendor", action="append", choices=sorted(EMULATORS))
     matrix.add_argument("--scenario", action="append", default=[], help="default: all")
-    matrix.add_argument("--backend", action="append", choices=BACKENDS, help="default: default")
+    matrix.add_argument(
+        "--backend",
+        action="append",
+        choices=BACKENDS,
+        help="default: on AMD all that differ there, on Intel kvmprobe's choice",
+    )
     matrix.add_argument("--code", type=Path, default=CHECKOUT, help="checkout to run")
     matrix.add_argument("--jobs", type=int, default=1, help="boots at a time (default 1)")
     matrix.add_argument("--results", type=Path, help="folder for captures, output and consoles")
@@ -88,10 +93,9 @@ def _matrix(arguments: argparse.Namespace) -> int:
     scenarios = select_scenarios(arguments.scenario)
     results = arguments.results or Path(tempfile.mkdtemp(prefix="kvmprobe-lab-"))
     vendors = arguments.vendor or sorted(EMULATORS)
-    backends = arguments.backend or ["default"]
     try:
         targets, remarks = choose_kernels(arguments.kernel)
-        boots = plan_boots(targets, vendors, backends, scenarios)
+        boots = plan_boots(targets, vendors, arguments.backend or (), scenarios)
         cells = list(run_boots(boots, results, arguments.code.resolve(), arguments.jobs))
     except MissingError as error:
         if os.environ.get("CI"):

@@ -1,37 +1,31 @@
 # SPDX-License-Identifier: MIT
 """`python tests/lab matrix`: every scenario on every kernel, vendor and backend, as a table."""
 
-import json
 import os
-import re
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from kvmprobe.probes.schema import Flag
-from kvmprobe.store.reader import CaptureReader
 from tests.lab.base import (
     LabError,
     MissingError,
     cache_dir,
     content_key,
-    run_program,
     say,
 )
 from tests.lab.bochs import bochs_command
 from tests.lab.helper import get_helper
 from tests.lab.kernels import Kernel, get_kernel, parse_spec
 from tests.lab.qemu import qemu_command
+from tests.lab.results import read_result
 from tests.lab.rootfs import get_root
 from tests.lab.scenarios import (
-    FAULT,
     NOT_EXERCISED,
     SCENARIOS,
     UNCLASSIFIED,
+    WATCHED,
     Listed,
     Scenario,
     listed_kernels,
@@ -48,6 +42,8 @@ _MEMORY = {"amd": 2048, "intel": 1024}
 # A quiet machine needs 3 min in QEMU and 8 in Bochs, most of it for BCC's compiler.
 _LIMIT = {"amd": 1800.0, "intel": 2400.0}
 _LAB = Path(__file__).parent
+_INSIDE = ("nested", "watched_inside.py")
+_WATCHED_INSIDE = "/opt/venv/bin/python /lab/watched_inside.py"
 
 
 @dataclass(frozen=True)
@@ -106,9 +102,10 @@ class Boot:
     def script(self) -> str:
         """Return what the VM runs."""
         forced = "" if self.backend == "default" else f" --backend {self.backend}"
-        record = f"kvmprobe record{forced}"
         lines = ["export PYTHONPATH=/opt/kvmprobe"]
         for name, scenarios in self.recordings.items():
+            tool = _WATCHED_INSIDE if name == WATCHED else "kvmprobe"
+            record = f"{tool} record{forced}"
             vms = "".join(scenario.script(self.vendor) for scenario in scenarios)
             lines += [f"cat >/tmp/{name}.sh <<'END'\n{vms}END"]
             if any(scenario.seen_late for scenario in scenarios):
@@ -159,7 +156,10 @@ def plan_boots(
     backends: Sequence[str],
     scenarios: Sequence[Scenario],
 ) -> list[Boot]:
-    """Return the boots in which all of it is run."""
+    """Return the boots in which all of it is run.
+
+    Without `backends`: on AMD, where a boot is quick, all that differ there; on Intel the default.
+    """
     boots = []
     for target in targets:
         kernel = get_kernel(target.spec)
@@ -167,10 +167,22 @@ def plan_boots(
             wanted = tuple(each for each in scenarios if _is_possible(each, vendor, target.listed))
             if not wanted:
                 continue
-            boots += [Boot(target, kernel, vendor, backend, "", wanted) for backend in backends]
-            if vendor == "amd" and "default" in backends:
+            chosen = backends or _differing_backends(vendor, target.listed)
+            boots += [Boot(target, kernel, vendor, backend, "", wanted) for backend in chosen]
+            if vendor == "amd" and "default" in chosen:
                 boots.append(Boot(target, kernel, vendor, "default", NO_CACHING, wanted))
     return boots
+
+
+def _differing_backends(vendor: str, listed: Listed | None) -> tuple[str, ...]:
+    """Debian's kernels have kprobes, which the default then is."""
+    if vendor == "intel":
+        return ("default",)
+    return (
+        ("default", "fentry", "tracepoint")
+        if listed and listed.fentry
+        else ("default", "tracepoint")
+    )
 
 
 def _is_possible(scenario: Scenario, vendor: str, listed: Listed | None) -> bool:
@@ -201,7 +213,7 @@ def run_boots(boots: Sequence[Boot], results: Path, code: Path, jobs: int) -> It
 
 def _prepare(boot: Boot, code: Path) -> Job:
     release = parse_spec(boot.target.spec)[0]
-    extra = {"nested": _LAB / "nested"}
+    extra = {name: _LAB / name for name in _INSIDE}
     if boot.vendor == "amd" and any(scenario.internal for scenario in boot.scenarios):
         extra["lab_slot.ko"] = get_helper(boot.kernel, release)
     return Job(
@@ -224,7 +236,7 @@ def _run_boot(boot: Boot, code: Path, folder: Path) -> str | None:
     """
     job = _prepare(boot, code)
     what = [boot.kernel.folder.name, job.root.name, boot.vendor, job.kernel_options, job.command]
-    inside = hash_files(_LAB / "nested", _LAB / "slot", _LAB / "init.sh")
+    inside = hash_files(*(_LAB / name for name in (*_INSIDE, "slot", "init.sh")))
     kept = cache_dir() / "results" / content_key(*what, get_installed(job.code).name, inside)
     name = f"{boot.kernel.package_version} {boot.vendor} {boot.backend} {boot.options}".rstrip()
     if kept.exists():
@@ -272,6 +284,9 @@ def _judge(boot: Boot, folder: Path, code: Path, problem: str | None) -> Iterato
                 expected, found = scenario.check(
                     findings, vm, boot.vendor, classified, caching=boot.options != NO_CACHING
                 )
+                if scenario.watched:
+                    expected += ", events in the flight recorder"
+                    found += ", events in the flight recorder" if result.flight else ""
                 if scenario.toggled:
                     expected += ", lookups unstable"
                     found += ", lookups unstable" if result.unstable else ""
@@ -279,70 +294,6 @@ def _judge(boot: Boot, folder: Path, code: Path, problem: str | None) -> Iterato
         said = {scenario.verdict(classified) for scenario in scenarios} - {NOT_EXERCISED}
         expected = f"verdict {next(iter(said), NOT_EXERCISED)}"
         yield cell(f"({recording})", expected, f"verdict {result.verdict}")
-
-
-@dataclass(frozen=True)
-class Result:
-    """A recording's analysis, the process of every VM in it, and its number of unstable lookups."""
-
-    document: dict[str, Any]
-    pids: dict[str, int]
-    unstable: int
-
-    @property
-    def verdict(self) -> str:
-        return str(self.document["verdicts"][FAULT]["verdict"])
-
-    def findings(self, vm: str) -> list[dict[str, Any]]:
-        """Return the findings in one VM."""
-        pid = self.pids[vm]
-        return [each for each in self.document["findings"] if each["vm"]["pid"] == pid]
-
-
-def read_result(folder: Path, recording: str, vms: Sequence[str], code: Path) -> Result:
-    """Read what a boot left.
-
-    Raises LabError when a VM did not run to its end or is not in the capture, when a finding is in
-    none of the VMs, or when the analysis made in the emulator and one made here differ.
-    """
-    output = (folder / "output").read_text(errors="replace")
-    pids = {name: int(pid) for name, pid in re.findall(r"^vm (\S+) (\d+)\r?$", output, re.M)}
-    failed = re.findall(r"^failed (\S+)", output, re.M)
-    broken = [vm for vm in vms if vm not in pids or vm in failed]
-    if broken:
-        raise LabError(f"did not run: {', '.join(broken)}; see {folder / 'output'}")
-    capture = folder / "out" / f"{recording}.kvmprobe"
-    try:
-        inside = json.loads(capture.with_suffix(".json").read_text())
-        outside = run_kvmprobe(code, "analyze", "--json", str(capture.resolve()))
-        seen = run_kvmprobe(code, "info", "--json", str(capture.resolve()))["vms"]
-    except (OSError, ValueError, LabError) as error:
-        raise LabError(f"no analysis: {error}") from None
-    for part in ("findings", "verdicts"):
-        if inside[part] != outside[part]:
-            raise LabError(f"{part} differ between the analysis in the VM and that outside")
-    if seen != len(vms):
-        raise LabError(f"{seen} VMs are in the capture, not {len(vms)}")
-    mine = {pids[vm] for vm in vms}
-    others = [each["rule"] for each in outside["findings"] if each["vm"]["pid"] not in mine]
-    if others:
-        raise LabError(f"findings in no VM of the scenarios: {', '.join(others)}")
-    return Result(outside, pids, count_unstable(capture))
-
-
-def count_unstable(capture: Path) -> int:
-    """Return how many of a capture's events had their memslot looked up while memslots changed."""
-    with CaptureReader(capture) as reader:
-        return sum(int((batch["flags"] & Flag.UNSTABLE != 0).sum()) for batch in reader.batches())
-
-
-def run_kvmprobe(code: Path, *words: str) -> dict[str, Any]:
-    """Run a checkout's kvmprobe and return the JSON it prints; LabError when it fails."""
-    program = "import sys; from kvmprobe.cli.main import main; sys.exit(main())"
-    document: dict[str, Any] = json.loads(
-        run_program([sys.executable, "-c", program, *words], cwd=code)
-    )
-    return document
 
 
 def render(cells: Sequence[Cell]) -> str:

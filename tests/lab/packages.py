@@ -4,6 +4,7 @@
 The machine's package lists, state and preferences are neither read nor changed.
 """
 
+import functools
 import re
 import time
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Release:
             "Dir::State::lists": root / "lists",
             "Dir::State::status": root / "status",
             "Dir::Cache": root / "cache",
+            # Debian's container images switch it off: lists would be parsed at each call.
+            "Dir::Cache::pkgcache": "pkgcache.bin",
             "APT::Architecture": "amd64",
             "APT::Architectures": "amd64",
             "APT::Sandbox::User": "root",
@@ -51,14 +54,14 @@ class Release:
         }
         return [part for key, value in values.items() for part in ("-o", f"{key}={value}")]
 
-    def refresh(self, *, force: bool = False) -> None:
+    def refresh(self) -> None:
         """Fetch the release's package lists unless those in the cache are from today.
 
         Lists that can't be fetched are an error only when there are none at all.
         """
         stamp = self._root / "fetched"
         age = time.time() - stamp.stat().st_mtime if stamp.exists() else float("inf")
-        if not force and age < _LISTS_KEPT_SECONDS:
+        if age < _LISTS_KEPT_SECONDS:
             return
         if not KEYRING.exists():
             raise MissingError(f"{KEYRING} is missing; apt-get install debian-archive-keyring")
@@ -83,7 +86,7 @@ class Release:
         wanted = f"{name}={version}" if version else name
         command = [find_program("apt-cache", "apt"), *self._options()]
         try:
-            text = run_program([*command, "show", "--no-all-versions", wanted])
+            text = _ask((*command, "show", "--no-all-versions", wanted))
         except LabError:
             raise MissingError(f"{self.name} on the mirror holds no package {wanted}") from None
         fields = dict(re.findall(r"^([A-Za-z-]+): (.*)$", text, re.M))
@@ -95,7 +98,7 @@ class Release:
         command = [find_program("apt-get", "apt"), *self._options(), "-q"]
         match = _PRINTED.search(run_program([*command, "download", "--print-uris", wanted]))
         if match is None:
-            raise LabError(f"apt names no file for {wanted}; try again with --refresh")
+            raise LabError(f"apt names no file for {wanted}; remove {self._root} and try again")
         folder = cache_dir() / "debs" / match["sha"][:16]
         path = folder / match["file"]
         if not path.exists():
@@ -105,6 +108,11 @@ class Release:
             except LabError as error:
                 raise MissingError(f"{wanted} could not be downloaded: {error}") from None
         return path
+
+
+@functools.cache
+def _ask(command: tuple[str, ...]) -> str:
+    return run_program([*command])
 
 
 def _parse_depends(field: str) -> list[tuple[str, str | None]]:

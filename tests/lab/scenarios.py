@@ -13,6 +13,8 @@ VULNERABLE, FIXED, UNCLASSIFIED = "vulnerable", "fixed", "unclassified"
 NOT_EXERCISED = "not exercised"
 
 FAULT = "internal-slot"
+#: The recording that is made as `kvmprobe watch` does.
+WATCHED = "watched"
 _FILL, _ARMED, _HIT = "internal-slot-fill", "internal-slot-armed", "internal-slot-hit"
 _APIC = "apic-page-emulated"
 _TSS, _IDENTITY_MAP, _APIC_PAGE, _HOLE = 0xFFFBD000, 0xFFFBC000, 0xFEE00000, 0xD0000000
@@ -33,6 +35,7 @@ class Scenario:
     `apic`: KVM emulates L2's access of the APIC access page, on Intel.
     `toggled`: the load guest instead, with these options, and a thread that makes and deletes a
     memslot where its vCPUs do MMIO: nothing may be found, and lookups must be seen UNSTABLE.
+    `watched`: recorded as `kvmprobe watch` does, in watch mode with the flight recorder.
     """
 
     name: str
@@ -47,10 +50,13 @@ class Scenario:
     apic: bool = False
     seen_late: bool = False
     toggled: bool = False
+    watched: bool = False
 
     @property
     def recording(self) -> str:
-        """Name of the recording it is in: "main", which most share, or one of its own."""
+        """Name of the recording it is in: "main", which most share, or another."""
+        if self.watched:
+            return WATCHED
         return self.name if self.seen_late or self.toggled else "main"
 
     @property
@@ -193,6 +199,15 @@ SCENARIOS = (
         internal=False,
         toggled=True,
     ),
+    Scenario("watched-tss", _WHOLE, vendors=("amd",), hits=2, watched=True),
+    Scenario(
+        "watched-hole",
+        "load l2-load load string-out string-in",
+        target=_HOLE,
+        vendors=("amd",),
+        internal=False,
+        watched=True,
+    ),
 )
 
 
@@ -205,6 +220,7 @@ class Listed:
     version: str
     internal_slot: str
     slot_module: bool
+    fentry: bool
 
 
 def listed_kernels() -> list[Listed]:
@@ -218,6 +234,7 @@ def listed_kernels() -> list[Listed]:
             entry["version"],
             entry["internal-slot"],
             entry["slot-module"],
+            entry["fentry"],
         )
         for entry in entries
     ]

@@ -25,8 +25,8 @@ from kvmprobe.probes.schema import LifecycleChange, Type, columns, rows
 from kvmprobe.store.reader import CaptureReader
 from tests.lab.base import CHECKOUT, LabError, say
 from tests.lab.kernels import get_kernel, parse_spec
-from tests.lab.matrix import run_kvmprobe
 from tests.lab.qemu import qemu_command
+from tests.lab.results import run_kvmprobe
 from tests.lab.rootfs import get_root
 from tests.lab.vm import Job, run_job, show_tail
 

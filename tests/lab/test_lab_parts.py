@@ -14,9 +14,10 @@ from kvmprobe import __version__
 from tests.lab import base, vm
 from tests.lab.base import LabError, MissingError, built
 from tests.lab.kernels import parse_spec
-from tests.lab.matrix import Cell, read_result, render, run_kvmprobe, select_scenarios
+from tests.lab.matrix import Cell, render, select_scenarios
 from tests.lab.mirror import Mirror, parse_uris
 from tests.lab.packages import _parse_depends
+from tests.lab.results import read_result, run_kvmprobe
 from tests.lab.rootfs import make_disk
 from tests.lab.scenarios import FIXED, NOT_EXERCISED, SCENARIOS, VULNERABLE, listed_kernels
 from tests.lab.wheel import get_installed
