@@ -324,7 +324,11 @@ class Integrity:
         self._meet(key[first] >> 16)
         before = np.empty_like(seq)
         before[1:] = np.where(ends[:-1], self._before_first, seq[:-1])
-        before[first] = [self._last.get(k, self._before_first) for k in key[first].tolist()]
+        # What comes of a VM after its end is the rest: its sequences are forgotten already.
+        before[first] = [
+            self._last.get(k, _UNSEEN if k >> 16 in self.gone else self._before_first)
+            for k in key[first].tolist()
+        ]
         seen = lifecycle & (change == LifecycleChange.VCPU_SEEN)
         before[seen] = self._before_first
         self._last.update(zip(key[last].tolist(), seq[last].tolist(), strict=True))

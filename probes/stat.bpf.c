@@ -110,6 +110,7 @@ static __always_inline struct stat_thread *introduce(u64 vcpu, u32 tid, u32 tgid
 		return 0;
 	leader = read_u64(bpf_get_current_task() + OFF_TASK_GROUP_LEADER, 0);
 	key.kvm = read_u64(vcpu + OFF_VCPU_KVM, 0);
+	key.clock = read_u64(key.kvm + OFF_KVM_CLOCK, 0);
 	key.start = read_u64(leader + OFF_TASK_START_TIME, 0);
 	key.tgid = tgid;
 	vm = vms.lookup(&key);

@@ -95,6 +95,7 @@ BPF_PERCPU_ARRAY(emulating, struct stat_emulating, 1);
 struct vm_key {
 	u64 kvm;
 	u64 start; /* of the process, ns */
+	u64 clock; /* kvmclock_offset: another VM at the same address has another */
 	u32 tgid;
 	u32 unused;
 };

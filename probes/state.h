@@ -48,6 +48,7 @@ struct config {
 	u32 vcpu;               /* record vCPUs with this id only; 0xffffffff: all */
 	u32 generation_by_diff; /* no function probe reports generations */
 	u32 fill_by_diff;       /* no function probe reports no-slot faults */
+	u32 vm_by_clock;        /* no function probe reports the end of VMs */
 	u32 epoch;
 };
 BPF_ARRAY(config, struct config, 1);
@@ -138,6 +139,7 @@ struct vm_state {
 	u32 vm;
 	u32 internal; /* bit per (address space, internal slot) already reported */
 	u64 gone;     /* being destroyed: a generation that all later ones of this VM exceed; 0: no */
+	u64 clock;    /* its kvmclock_offset when a vCPU was first seen; 0: none was */
 };
 BPF_TABLE("lru_hash", struct vm_key, struct vm_state, vms, 8192);
 /* Numbers for new VMs, kept full by the drain: BPF before v3 has no atomic fetch-and-add. */

@@ -85,6 +85,20 @@ static __always_inline struct vm_state *get_vm(const struct vm_key *key, u64 gen
 	return vm;
 }
 
+/*
+ * Is another VM at this address now?  kvm_arch_init_vm() takes the time for kvmclock_offset, in ns, and nothing
+ * but KVM_SET_CLOCK changes it: that would make two of one VM, so it is asked only where the end of a VM
+ * is not seen, and only by a vCPU that is not known.
+ */
+static __always_inline int is_another(struct vm_state *vm, u64 kvm, u32 *failed)
+{
+	struct config *cfg = get_config();
+	u64 before = vm->clock;
+
+	vm->clock = read_u64(kvm + OFF_KVM_CLOCK, failed);
+	return cfg && cfg->vm_by_clock && before && vm->clock != before;
+}
+
 /* What VM_SEEN and VM_GONE say of a VM. */
 static __always_inline void tell_vm(struct kvmprobe_event *e, const struct vm_key *key, u8 kind, u32 *failed)
 {
@@ -234,28 +248,29 @@ static __always_inline int introduce(u64 vcpu, u8 site)
 	thread.vcpu = vcpu;
 	threads.update(&tid, &thread);
 	st = vcpus.lookup(&vcpu);
-	if (st && st->replaced && st->vm == vm->vm) {
-		/* vCPUs go only with their VM: another vCPU at this address is another VM at that one. */
+	/* vCPUs go only with their VM: another vCPU at this address is another VM at that one. */
+	if (is_another(vm, key.kvm, &n.failed) || (st && st->replaced && st->vm == vm->vm)) {
 		before = vm->vm;
 		vm->gone = 1;
 		vm = get_vm(&key, 0, &is_new);
 		if (!vm)
 			return -1;
+		is_another(vm, key.kvm, &n.failed);
 	}
 	known = st && !st->replaced && st->vm == vm->vm;
 	if (st)
 		release(st);
 	if (st && !known) {
 		tell_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_FIRST_SIGHT, &n.failed);
-		if (before)
-			tell_vm(begin_vm(st, before, KVMPROBE_LIFECYCLE, KVMPROBE_AT_FIRST_SIGHT), &key,
-				KVMPROBE_VM_GONE, &n.failed);
 		ship(vcpu, st);
 	}
 	if (!known)
 		st = new_vcpu(vcpu, key.kvm, &n.failed);
 	if (!st)
 		return -1;
+	if (before)
+		tell_vm(begin_vm(st, before, KVMPROBE_LIFECYCLE, KVMPROBE_AT_FIRST_SIGHT), &key,
+			KVMPROBE_VM_GONE, &n.failed);
 	if (is_new)
 		tell_vm(begin_vm(st, vm->vm, KVMPROBE_LIFECYCLE, KVMPROBE_AT_FIRST_SIGHT), &key, KVMPROBE_VM_SEEN,
 			&n.failed);

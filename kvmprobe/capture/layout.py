@@ -26,6 +26,7 @@ MEMBERS = {
     "OFF_CTXT_INSN": ("x86_emulate_ctxt", "fetch.data"),
     "OFF_MMU_ROOT_ROLE": ("kvm_mmu", "root_role"),
     "OFF_KVM_MEMSLOTS": ("kvm", "memslots"),
+    "OFF_KVM_CLOCK": ("kvm", "arch.kvmclock_offset"),
     "OFF_MEMSLOTS_GENERATION": ("kvm_memslots", "generation"),
     "OFF_MEMSLOTS_GFN_TREE": ("kvm_memslots", "gfn_tree"),
     "OFF_MEMSLOTS_ID_HASH": ("kvm_memslots", "id_hash"),

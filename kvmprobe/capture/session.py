@@ -213,6 +213,7 @@ class Session:
             vcpu=_NO_FILTER if self.filters.vcpu is None else self.filters.vcpu,
             generation_by_diff=int(sees("memslots_updated") is None),
             fill_by_diff=int(sees("noslot") is None),
+            vm_by_clock=int(sees("vm_destroy") is None),
         )
         self._last_drain = time.monotonic()
 
