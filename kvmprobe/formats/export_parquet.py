@@ -19,15 +19,10 @@ from kvmprobe.probes import schema
 from kvmprobe.store import format as fmt
 from kvmprobe.store.parquet import GROUP, End
 
-#: Times only grow, and their steps are small; addresses and values are the wild columns, and
-#: splitting their bytes apart lets the compressor see what is regular in them.
-_ENCODING = {
-    "ts": "DELTA_BINARY_PACKED",
-    "seq": "DELTA_BINARY_PACKED",
-    "gen": "DELTA_BINARY_PACKED",
-    "addr": "BYTE_STREAM_SPLIT",
-    "value": "BYTE_STREAM_SPLIT",
-}
+#: All integers have their bytes split apart, in which lz4 sees what is regular.  Against
+#: dictionaries, deltas and zstd that costs 3 of 13 bytes an event, and takes half the time to write
+#: and to read.
+_ENCODING = "BYTE_STREAM_SPLIT"
 
 
 class ParquetWriter:
@@ -47,10 +42,9 @@ class ParquetWriter:
         self._stream = pq.ParquetWriter(
             file,
             self._schema,
-            compression="zstd",
-            compression_level=1,
-            use_dictionary=[f.name for f in schema.FIELDS if f.name not in _ENCODING],
-            column_encoding=_ENCODING,
+            compression="lz4",
+            use_dictionary=False,
+            column_encoding={f.name: _ENCODING for f in schema.FIELDS},
             store_schema=True,
             write_page_checksum=True,
         )

@@ -29,6 +29,8 @@ _DECODERS = min(2, os.cpu_count() or 1)
 MAX_DAMAGES = 1000
 #: Asked of a batch's first columns, by threads that decode: which others will be needed?
 Further = Callable[[schema.Columns], Sequence[str]]
+#: Columns of a batch, and which of its events have a type that is known; None: all.
+_Decoded = tuple[dict[str, NDArray[Any]], NDArray[np.bool_] | None]
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ class CaptureReader:
     ) -> Iterator[dict[str, NDArray[Any]]]:
         # Checksums and decompression run outside the interpreter's lock: a few batches are decoded
         # ahead.
-        ahead: deque[tuple[Batch, Future[dict[str, NDArray[Any]]]]] = deque()
+        ahead: deque[tuple[Batch, Future[_Decoded]]] = deque()
         with ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode") as pool:
             for batch in batches:
                 ahead.append((batch, pool.submit(self._wanted, batch, names, further)))
@@ -196,35 +198,33 @@ class CaptureReader:
             while ahead:
                 yield from self._finish(*ahead.popleft(), names, further)
 
-    def _wanted(
-        self, batch: Batch, names: tuple[str, ...], further: Further | None
-    ) -> dict[str, NDArray[Any]]:
+    def _wanted(self, batch: Batch, names: tuple[str, ...], further: Further | None) -> _Decoded:
         """Decode what is wanted of a batch, and its types; raises MalformedError."""
         columns = self._columns(batch, ("type", *(name for name in names if name != "type")))
         if further is not None:
             more = tuple(name for name in further(columns) if name not in columns)
             columns |= self._columns(batch, more) if more else {}
-        return columns
+        known: NDArray[np.bool_] = _KNOWN_TYPES.take(columns["type"])
+        return columns, None if known.all() else known
 
     def _finish(
         self,
         batch: Batch,
-        decoded: Future[dict[str, NDArray[Any]]],
+        decoded: Future[_Decoded],
         names: tuple[str, ...],
         further: Further | None,
     ) -> Iterator[dict[str, NDArray[Any]]]:
         """Give a decoded batch, without events of unknown types, unless it is damaged."""
         try:
-            columns = decoded.result()
+            columns, mask = decoded.result()
         except MalformedError as e:
             self._refuse(batch, str(e))
             return
-        types = columns["type"]
-        mask: NDArray[np.bool_] = _KNOWN_TYPES[types]
         known: NDArray[np.bool_] | slice = slice(None)
-        if not mask.all():
+        if mask is not None:
             known = mask
-            for value, count in zip(*np.unique(types[~mask], return_counts=True), strict=True):
+            unknown = columns["type"][~mask]
+            for value, count in zip(*np.unique(unknown, return_counts=True), strict=True):
                 before = self.unknown_events.get(int(value), 0)
                 self.unknown_events[int(value)] = before + int(count)
         if further is None:

@@ -16,17 +16,18 @@ _HOLES = np.array([0xFE000, 0xFE001, 0xFEC00, 0xFED00, 0xFEE00, 0xE0000], "u8")
 _CALM = (Flag.LEVEL_KNOWN | Flag.AS_KNOWN | Flag.DIRECT | Flag.SLOT_KNOWN) | (
     Flag.GEN_KNOWN | Flag.GEN_IS_AS0 | Flag.GEN_IS_CURRENT
 )
-#: What a busy host emits when nothing is wrong, in parts of a thousand.
+#: What a busy host emits when nothing is wrong, in parts of `_PARTS`.
 _MIX = {
-    Type.FAULT: 200,
-    Type.FAULTIN: 60,
-    Type.FILL: 60,
-    Type.MATCH: 200,
-    Type.MMIO: 239,
-    Type.EMULATE: 200,
-    Type.SPTE: 40,
+    Type.FAULT: 2000,
+    Type.FAULTIN: 600,
+    Type.FILL: 600,
+    Type.MATCH: 2000,
+    Type.MMIO: 2399,
+    Type.EMULATE: 2000,
+    Type.SPTE: 400,
     Type.GENERATION: 1,
 }
+_PARTS = sum(_MIX.values())
 
 
 def stream(n: int, seed: int = 1) -> NDArray[Any]:
@@ -36,7 +37,7 @@ def stream(n: int, seed: int = 1) -> NDArray[Any]:
     rows["ts"] = 10**12 + np.cumsum(random.integers(200, 2000, n, dtype="u8"))
     rows["vm"] = random.integers(1, VMS + 1, n)
     rows["vcpu"] = random.integers(0, VCPUS, n)
-    rows["type"] = np.repeat(list(_MIX), list(_MIX.values()))[random.integers(0, 1000, n)]
+    rows["type"] = np.repeat(list(_MIX), list(_MIX.values()))[random.integers(0, _PARTS, n)]
     generation = rows["type"] == Type.GENERATION
     rows["vcpu"][generation] = 0xFFFF
     for vm in range(1, VMS + 1):
