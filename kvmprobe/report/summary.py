@@ -19,7 +19,7 @@ _MEANING = {
     FIXED: "Proof was seen that this kernel does the right thing.",
 }
 #: What decides whether a host can show the internal-slot fault at all.
-_TELLING = (
+TELLING = (
     "kvm_intel.unrestricted_guest",
     "kvm_intel.ept",
     "kvm_intel.nested",
@@ -125,8 +125,8 @@ def facts(found: Gathered) -> Facts:
             ("Boot", str(host["boot_id"] or "unknown")),
             *((f"Build of {name}", str(build)) for name, build in (host["modules"] or {}).items()),
         ),
-        telling=tuple((name, known[name]) for name in _TELLING if name in known),
-        parameters=tuple(item for item in sorted(known.items()) if item[0] not in _TELLING),
+        telling=tuple((name, known[name]) for name in TELLING if name in known),
+        parameters=tuple(item for item in sorted(known.items()) if item[0] not in TELLING),
         losses=tuple(
             (
                 name_of(Type, kind),
