@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from kvmprobe.analysis.detector import Detector
 from kvmprobe.analysis.integrity import Integrity, name_of
 from kvmprobe.analysis.verdict import Coverage, decide
-from kvmprobe.probes.schema import EVENT, Type, columns
-from tests.model.check import Said, plan
+from kvmprobe.probes.schema import Type, columns
+from tests.model.check import Said, join, plan
 from tests.model.runs import Run
 from tests.streams import tell
 
@@ -39,7 +39,7 @@ class Batch:
 
     def stream(self, parts: Sequence[NDArray[Any]], random: Random | None = None) -> NDArray[Any]:
         """Join the rows of all runs, one run after the other, or mixed by `random`."""
-        rows = np.concatenate([np.zeros(0, EVENT), *parts])
+        rows = join(parts)
         rows["vm"] += np.repeat(self.bases, [len(part) for part in parts]).astype(np.uint32)
         if random is None:
             return rows

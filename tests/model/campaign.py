@@ -10,6 +10,7 @@ each run can be made again by itself.
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import sys
 import time
@@ -164,7 +165,15 @@ def equal_when_compiled(seed: int, numbers: range, actions: int = 40) -> bool:
     return answers[0] == answers[1]
 
 
+def _begin() -> None:
+    """Begin a worker: Ctrl-C is the parent's, and garbage is collected once a part."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()
+    gc.disable()
+
+
 def _part(job: tuple[int, range, int]) -> Tally:
+    gc.collect()
     return campaign(*job)
 
 
@@ -183,7 +192,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     tally, begin = Tally(), time.monotonic()
-    with Pool(args.jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with Pool(args.jobs, _begin) as pool:
         jobs = _jobs(args.seed, args.runs, args.actions, args.first)
         try:
             for part in pool.imap(_part, jobs):

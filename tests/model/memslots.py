@@ -122,6 +122,7 @@ class Vm:
         """Begin as kvm_create_vm() does: generations start at the index of their space."""
         n = self.kind.address_spaces
         self.slots: list[list[Slot]] = [[] for _ in range(n)]
+        self._found: dict[tuple[int, int], Slot | None] = {}
         self.gens = [i + n * self.age[i] for i in range(n)]
         self.roots: dict[tuple[int, bool, bool, int], dict[int, Spte]] = {}
         self._change: Iterator[bool] = iter(())
@@ -134,10 +135,11 @@ class Vm:
 
     def find(self, as_id: int, gfn: int) -> Slot | None:
         """Look a gfn up, as search_memslots() does."""
-        for slot in self.slots[as_id]:
-            if slot.base <= gfn < slot.base + slot.pages:
-                return slot
-        return None
+        key = as_id, gfn
+        if key not in self._found:
+            there = (s for s in self.slots[as_id] if s.base <= gfn < s.base + s.pages)
+            self._found[key] = next(there, None)
+        return self._found[key]
 
     def begin(self, *changes: Change) -> None:
         """Let another thread change memslots; it goes on at step(), settle() or preempt()."""
@@ -180,6 +182,7 @@ class Vm:
         """kvm_swap_active_memslots(): True while the grace period runs."""
         slots = [s for s in self.slots[as_id] if s != old]
         self.slots[as_id] = slots if new is None else [*slots, new]
+        self._found.clear()
         gen = self.gens[as_id]
         self.gens[as_id] = gen | IN_PROGRESS
         yield True

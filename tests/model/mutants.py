@@ -33,6 +33,11 @@ FILES = (
       if p.name != "reference.py"),
     "analysis/steps.py",
     "analysis/detector.py",
+    "analysis/candidates.py",
+    "analysis/judge.py",
+    "analysis/verdict.py",
+    "analysis/integrity.py",
+    "analysis/sequences.py",
 )  # fmt: skip
 #: The suite, the quick part first: the second stage runs only for what the first didn't notice.
 STAGES = (

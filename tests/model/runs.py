@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from random import Random
 from typing import Any
 
@@ -27,6 +28,11 @@ PAGES = (RAM, ROM, SMRAM, NORMAL_RAM, HOLE, LATER, LATER + 1, TSS_GFN, TSS_GFN +
          APIC_GFN, 0)  # fmt: skip
 #: As far as generations go in a VM that is old: around 2**53 and the SPTEs' wrap.
 AGES = (0, 0, 1, 5, (1 << 18) - 4, (1 << 19) - 3, (1 << 52) - 1, (1 << 61) + 3)
+
+
+#: How often a VM does what, and how it reaches pages, added up.
+_ACTS = tuple(accumulate((12, 3, 1, 2, 1, 1, 1)))
+_WAYS, _WAYS_AS_OFTEN = tuple(How), tuple(accumulate((6, 4, 2, 1)))
 
 
 def random_kind(random: Random) -> Kind:
@@ -105,12 +111,11 @@ class Driver:
         random, vm = self.random, self.vm
         if random.random() < 0.1:
             vm.race, vm.race_steps = random.randrange(12), random.randint(1, 3)
-        weights = (12, 3, 1, 2, 1, 1, 1)
         acts: tuple[Callable[[Vcpu], None], ...] = (
             self._access, self._nest, self._manage, self._memslot, self._idle, self._step,
             self._odd,
         )  # fmt: skip
-        act = random.choices(acts, weights)[0]
+        act = random.choices(acts, cum_weights=_ACTS)[0]
         act(random.choice(vm.vcpus))
         vm.race = -1
 
@@ -119,7 +124,7 @@ class Driver:
 
     def _access(self, vcpu: Vcpu) -> None:
         random = self.random
-        how = random.choices(tuple(How), (6, 4, 2, 1))[0]
+        how = random.choices(_WAYS, cum_weights=_WAYS_AS_OFTEN)[0]
         fate = Fate(
             stale=random.random() < 0.1,
             device=random.random() < 0.2,
