@@ -336,7 +336,10 @@ def _stale_marks(own: NDArray[Any], moves: NDArray[Any], *, smm: bool) -> NDArra
 
 def _part(columns: Columns, chosen: NDArray[np.bool_]) -> Columns:
     """The chosen events of a batch; all of them without copying."""
-    return columns if chosen.all() else {name: columns[name][chosen] for name in COLUMNS}
+    if chosen.all():
+        return columns
+    at = np.flatnonzero(chosen)  # quicker to take by than the mask
+    return {name: columns[name].take(at) for name in COLUMNS}
 
 
 def _in_memory(part: Columns) -> NDArray[np.bool_]:

@@ -82,8 +82,9 @@ class Memory:
         full = (columns["addr"] | columns["value"]) != 0  # an empty cache holds no page
         wanted = (kinds == Type.MATCH) | (kinds == Type.MMIO)
         wanted |= ((kinds == Type.FILL) | (kinds == Type.CACHE)) & full
-        if wanted.any():
-            self._count({n: columns[n][wanted] for n in ("vm", "type", "flags", "addr", "slot")})
+        at = np.flatnonzero(wanted)  # quicker to take by than the mask
+        if len(at):
+            self._count({n: columns[n].take(at) for n in ("vm", "type", "flags", "addr", "slot")})
 
     def vms(self) -> list[int]:
         """The VMs that have a map."""
