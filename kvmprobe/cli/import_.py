@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from kvmprobe.formats.importer import Imported
 
 
 def import_(
@@ -39,11 +43,12 @@ def import_(
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace the capture.")] = False,
 ) -> None:
     """Turn other tools' traces into a capture, to be read with analyze.  Needs no root."""
-    from kvmprobe.formats.importer import import_traces
-    from kvmprobe.formats.slots import stated
-
-    slots = tuple(stated(text) for text in internal_slot or ())
-    done = import_traces(files, output, slots=slots, strict=strict, salvage=salvage, force=force)
+    # What is loaded stays; looking for garbage among it would take a quarter of a second.
+    gc.disable()
+    try:
+        done = _import(files, output, internal_slot or [], strict, salvage, force)
+    finally:
+        gc.enable()
     tally = done.tally
     print(
         f"{', '.join(done.kinds)}: {tally.read} events read, {done.events} kept, "
@@ -57,3 +62,14 @@ def import_(
     for doubt in done.doubts:
         print(f"info: {doubt}", file=sys.stderr)
     print(f"next: kvmprobe analyze {output}", file=sys.stderr)
+
+
+def _import(
+    files: list[Path], output: Path, slots: list[str], strict: bool, salvage: bool, force: bool
+) -> Imported:
+    from kvmprobe.formats.importer import import_traces
+    from kvmprobe.formats.slots import stated
+
+    return import_traces(
+        files, output, slots=tuple(map(stated, slots)), strict=strict, salvage=salvage, force=force
+    )

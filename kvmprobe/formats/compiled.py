@@ -70,18 +70,19 @@ class TextLoop:
         """Prepare the tracepoints' forms."""
         self._scan = loops.text
         self._forms = loops_text.forms()
+        self._out = _out(0, 0)
 
     def __call__(
         self, text: lines.Text, known: NDArray[np.bool_], systems: set[str]
     ) -> lines.Parsed:
-        """Read all lines of a text; as `lines.parse`."""
+        """Read all lines of a text; as `lines.parse`.
+
+        The line numbers are good until the next call.
+        """
         most = len(text.characters) // _SHORTEST_LINE + 1
-        count = len(text.end)
-        out = loops_text.Out(
-            np.empty((most, loops_events.RECORD_WORDS), np.uint64),
-            np.empty(most, np.int64), np.empty(count, np.int64), np.empty(count, np.int64),
-            np.empty((count, 3), np.int64), np.zeros(6, np.int64),
-        )  # fmt: skip
+        out = self._out
+        if most > len(out.rows) or len(text.end) > len(out.other):
+            out = self._out = _out(most, 2 * len(text.end))
         self._scan(text.characters, lines.PAD, text.end, known, self._forms, out)
         rows, headed, other, comms, events, bits = out.counts.tolist()
         names = {
@@ -93,6 +94,20 @@ class TextLoop:
             out.row_line[:rows], out.headed[:headed], out.other[:other], events,
             _systems(bits, loops_text.SYSTEMS) - systems,
         )  # fmt: skip
+
+
+def _out(most: int, lines_: int) -> loops_text.Out:
+    """Room for what is found in so many records and lines."""
+    return loops_text.Out(
+        _rows(most), np.empty(most, np.int64),
+        np.empty(lines_, np.int64), np.empty(lines_, np.int64), np.empty((lines_, 3), np.int64),
+        np.zeros(6, np.int64),
+    )  # fmt: skip
+
+
+def _rows(most: int) -> NDArray[np.uint64]:
+    """Room for so many RECORDs as words; memory that is not touched costs nothing."""
+    return np.empty((most, loops_events.RECORD_WORDS), np.uint64)
 
 
 def _records(rows: NDArray[np.uint64]) -> NDArray[Any]:
@@ -107,6 +122,7 @@ class PagesLoop:
         """Prepare the tracepoints' layouts, and the processes of threads."""
         self._scan = loops.pages
         self._layouts = loops_binary.layouts(formats)
+        self._rows, self._places = _rows(0), np.empty(0, np.int64)
         tids = sorted(tgids)
         self._threads = loops_binary.Threads(
             np.array(tids, np.uint64), np.array([tgids[tid] for tid in tids], np.uint64)
@@ -121,9 +137,11 @@ class PagesLoop:
         """
         # The shortest event that is read: 4 bytes and 8 of data.
         most = pages * page // 12 + 1
-        rows = np.empty((most, loops_events.RECORD_WORDS), np.uint64)
-        places, bad = np.empty(most, np.int64), np.empty(pages + 1, np.int64)
-        counts = np.zeros(5, np.int64)
+        if most > len(self._rows):
+            self._rows = _rows(most)
+            self._places = np.empty(most, np.int64)
+        rows, places = self._rows, self._places
+        bad, counts = np.empty(pages + 1, np.int64), np.zeros(5, np.int64)
         self._scan(
             padded, pages, page, cpu, self._threads, self._layouts, rows, places, bad, counts
         )
@@ -156,6 +174,7 @@ class PerfLoop:
         """Prepare the tracepoints' layouts, the form of samples and their identifiers."""
         self._scan = loops.perf
         self._layouts = loops_binary.layouts(formats)
+        self._rows, self._others = _rows(0), np.empty((0, 3), np.int64)
         self._form = np.array(form, np.int64)
         self._ids = ids
 
@@ -163,8 +182,9 @@ class PerfLoop:
         """Read records; `systems` gets those recorded whole."""
         # The shortest sample: a head, thread, time and 12 bytes of data.
         most = slots // 4 + 1
-        rows = np.empty((most, loops_events.RECORD_WORDS), np.uint64)
-        others, counts = np.empty((slots + 1, 3), np.int64), np.zeros(6, np.int64)
+        if most > len(self._rows):
+            self._rows, self._others = _rows(most), np.empty((slots + 1, 3), np.int64)
+        rows, others, counts = self._rows, self._others, np.zeros(6, np.int64)
         end = self._scan(
             words.view(np.uint8), words, slots, self._form, self._ids, self._layouts, rows, others,
             counts,

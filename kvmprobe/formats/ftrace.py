@@ -16,10 +16,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmprobe.errors import CaptureError
 from kvmprobe.formats import lines
 from kvmprobe.formats.records import RECORD, SHOWN, Block, Point, Tally
 
 BLOCK = 2 << 20
+_PIECE = 256 << 10
 #: Longer lines are no trace; they are skipped, so that none can fill the memory.
 LONGEST_LINE = 64 << 10
 #: A lost record's CPU where the text doesn't say.
@@ -55,30 +57,54 @@ class TextReader:
         # Of the kernel, which gives memory as it is touched: malloc might fill it with zeros.
         self._known = np.frombuffer(mmap(-1, lines.TIDS), np.bool_)
         self._last_ts = 0
+        self._buffer = bytearray(BLOCK + 2 * lines.PAD)
+        self._buffer[: lines.PAD] = b"\n" * lines.PAD
+        self._skipping = False  # a line that is too long
+        self._failure: CaptureError | None = None
 
     def __iter__(self) -> Iterator[Block]:
         """Yield the records; raises CaptureError when the stream can't be read on."""
-        rest = b""
-        skipping = False
-        while data := self._stream.read(BLOCK):
-            if skipping:
-                data = data[data.find(b"\n") + 1 or len(data) :]
-                skipping = not data
-            data = rest + data
-            cut = data.rfind(b"\n") + 1
-            rest = data[cut:]
+        rest = b""  # the beginning of a line whose end was not read yet
+        while (end := self._fill(rest)) > lines.PAD + len(rest):
+            cut = self._buffer.rfind(b"\n", lines.PAD, end) + 1 or lines.PAD
+            rest = bytes(self._buffer[cut:end])
             if len(rest) > LONGEST_LINE:
                 self._tally.not_understood(1, [rest[:160]])
-                rest, skipping = b"", True
-            if cut:
-                yield self._block(data[:cut])
+                rest, self._skipping = b"", True
+            if cut > lines.PAD:
+                yield self._block(cut)
+        if self._failure is not None:
+            raise self._failure
         if rest:
             # What it lacks may be digits of a number.
             self._tally.not_understood(1, [rest[:160]])
 
-    def _block(self, data: bytes) -> Block:
+    def _fill(self, rest: bytes) -> int:
+        """Put `rest` and what follows it into the buffer; returns where it ends."""
+        end = lines.PAD + len(rest)
+        self._buffer[lines.PAD : end] = rest
+        while end < lines.PAD + BLOCK and self._failure is None:
+            try:
+                data = self._stream.read(min(_PIECE, lines.PAD + BLOCK - end))
+            except CaptureError as error:
+                # What was read before it is given first.
+                self._failure = error
+                break
+            if not data:
+                break
+            if self._skipping:
+                newline = data.find(b"\n")
+                self._skipping = newline < 0
+                data = b"" if newline < 0 else data[newline + 1 :]
+            self._buffer[end : end + len(data)] = data
+            end += len(data)
+        return end
+
+    def _block(self, end: int) -> Block:
+        """Read the whole lines before `end`."""
         tally = self._tally
-        text = lines.text_of(data)
+        self._buffer[end : end + lines.PAD] = b"\n" * lines.PAD
+        text = lines.text_of(np.frombuffer(self._buffer, np.uint8, end + lines.PAD))
         parsed = self._parse(text, self._known, tally.systems)
         tally.systems |= parsed.systems
         tally.read += parsed.events

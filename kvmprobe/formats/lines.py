@@ -63,10 +63,8 @@ class Parsed(NamedTuple):
     systems: set[str]
 
 
-def text_of(data: bytes | bytearray) -> Text:
-    """Take whole lines, each with its newline."""
-    padded = np.full(len(data) + 2 * PAD, _NEWLINE, np.uint8)
-    padded[PAD:-PAD] = np.frombuffer(data, np.uint8)
+def text_of(padded: NDArray[np.uint8]) -> Text:
+    """Take whole lines, each with its newline, between two times PAD newlines."""
     end = np.flatnonzero(padded[PAD:-PAD] == _NEWLINE) + PAD
     start = np.empty_like(end)
     if len(end):

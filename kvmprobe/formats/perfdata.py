@@ -187,8 +187,8 @@ class PerfDataReader:
         """Yield the records in order of time; raises CaptureError that names the offset."""
         comms: dict[int, bytes] = {}
         try:
-            for chunk, offset in self._chunks():
-                comms |= self._chunk(chunk, offset)
+            for chunk in self._chunks():
+                comms |= self._chunk(*chunk)
                 if len(block := self._sorted(self._round)):
                     yield Block(block, comms)
                     comms = {}
@@ -201,24 +201,28 @@ class PerfDataReader:
         if len(block := self._sorted(None)):
             yield Block(block, comms)
 
-    def _chunks(self) -> Iterator[tuple[bytes, int]]:
-        """Yield whole records in pieces, and their place in the file."""
+    def _chunks(self) -> Iterator[tuple[NDArray[np.uint8], int, int]]:
+        """Yield whole records in pieces, in one buffer: it, their bytes, their place in the file.
+
+        The buffer goes on for _PAD zeros.
+        """
         offset, end = self.data
+        buffer = np.zeros(_CHUNK + _PAD, np.uint8)
         self._used = 0
         while offset < end:
-            size = min(_CHUNK, end - offset)
             self._file.seek(offset)
-            data = self._file.read(size)
-            yield data, offset
+            size = raw.read_into(self._file, buffer[: min(_CHUNK, end - offset)])
+            buffer[size : size + _PAD] = 0
+            yield buffer, size, offset
             if not self._used:
                 raise CaptureError(f"the file ends inside a record, at byte {offset}")
             offset += self._used
 
-    def _chunk(self, data: bytes, offset: int) -> dict[int, bytes]:
-        """Take in the whole records at the front of `data`; sets `_used` to their bytes."""
-        padded = np.zeros(len(data) // 8 * 8 + _PAD, np.uint8)
-        padded[: len(data) // 8 * 8] = np.frombuffer(data[: len(data) // 8 * 8], np.uint8)
-        words, slots = padded.view("<u8"), len(data) // 8
+    def _chunk(self, padded: NDArray[np.uint8], size: int, offset: int) -> dict[int, bytes]:
+        """Take in the whole records in the first `size` bytes; sets `_used` to theirs."""
+        slots = size // 8
+        padded[slots * 8 : size] = 0
+        words = padded[: slots * 8 + _PAD].view("<u8")
         read = self._loop or self._by_columns
         found = read(words, slots, self._tally.systems)
         self._used = found.end * 8

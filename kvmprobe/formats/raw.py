@@ -8,8 +8,10 @@ is known beforehand: fields are found by name.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from io import BufferedReader
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,14 +176,38 @@ def _first_bytes(
     return value & mask
 
 
+def read_into(file: BinaryIO, buffer: NDArray[np.uint8]) -> int:
+    """Fill a buffer from a file; returns how many bytes there were."""
+    return cast(BufferedReader, file).readinto(buffer.data)
+
+
+def _no_more(_at: int, _size: int) -> bytes:
+    return b""
+
+
 class Cursor:
     """Reads little-endian fields of a file's header one after the other, within bounds."""
 
-    def __init__(self, data: bytes, offset: int = 0) -> None:
-        """Read `data`, which stands at `offset` of the file."""
+    def __init__(
+        self, data: bytes, offset: int = 0, more: Callable[[int, int], bytes] = _no_more
+    ) -> None:
+        """Read `data`, which stands at `offset` of the file.
+
+        `more` is asked for what follows it when that is needed: bytes from a place of the file on,
+        so many or as many as there are.
+        """
         self._data = data
         self._base = offset
+        self._more = more
         self.at = 0
+
+    def _want(self, size: int) -> None:
+        """See to it that `size` bytes are there, if the file has them."""
+        missing = self.at + size - len(self._data)
+        if missing > 0:
+            # As much again, so that a long header is not copied many times.
+            wanted = max(missing, len(self._data))
+            self._data += self._more(self._base + len(self._data), wanted)
 
     @property
     def offset(self) -> int:
@@ -195,6 +221,7 @@ class Cursor:
 
     def take(self, size: int) -> bytes:
         """The next `size` bytes; raises CaptureError when there are fewer."""
+        self._want(size)
         if size < 0 or self.at + size > len(self._data):
             raise CaptureError(f"the file ends inside its header, at byte {self.offset}")
         self.at += size
@@ -206,6 +233,7 @@ class Cursor:
 
     def string(self, longest: int = 4096) -> bytes:
         """The next bytes up to a zero byte, which is taken too."""
+        self._want(longest)
         end = self._data.find(b"\0", self.at, self.at + longest)
         if end < 0:
             raise CaptureError(f"a text without an end at byte {self.offset}")

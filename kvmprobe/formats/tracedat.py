@@ -22,7 +22,7 @@ from kvmprobe.formats.records import RECORD, SHOWN, Block, Point, Tally
 from kvmprobe.formats.tracedat_header import CpuData, chunks, read_header
 
 #: Bytes of pages decoded at a time, over all CPUs.
-_WINDOW = 1 << 20
+_WINDOW = 2 << 20
 _HEAD = 16
 _LENGTH = np.uint64((1 << 27) - 1)
 _MISSED = np.uint64(1 << 31)
@@ -114,6 +114,7 @@ class TraceDatReader:
         self._header = read_header(file)
         tally.kernel = self._header.kernel
         self._loop = loops and PagesLoop(loops, self._header.formats, self._header.tgids)
+        self._buffer = np.zeros(0, np.uint8)
         self._stored: dict[int, int] = {}
         #: Why the file ends early, if it does.
         self.ended: CaptureError | None = None
@@ -142,8 +143,11 @@ class TraceDatReader:
             self.ended = self.ended or error
 
     def _records(self, offset: int, pages: bytes, data: CpuData) -> NDArray[Any]:
-        padded = np.zeros(len(pages) + _PAD, np.uint8)
+        if len(self._buffer) < len(pages) + _PAD:
+            self._buffer = np.zeros(len(pages) + _PAD, np.uint8)
+        padded = self._buffer[: len(pages) + _PAD]
         padded[: len(pages)] = np.frombuffer(pages, np.uint8)
+        padded[len(pages) :] = 0
         words = swar.words(padded)
         count = len(pages) // data.page
         read = self._loop or self._by_columns

@@ -21,6 +21,8 @@ from kvmprobe.formats.raw import (
 MAGIC = b"\x17\x08\x44tracing"
 #: More than any file has; what a damaged size may ask for at most.
 _MAX_SECTION = 64 << 20
+#: What is read at first of a header that doesn't say its size: the pages follow it.
+_PIECE = 1 << 20
 _MAX_CHUNK = 16 << 20
 _MAX_CPUS = 8192
 _MAX_OPTIONS = 1 << 16
@@ -72,7 +74,12 @@ class _File:
 
     def cursor(self, offset: int) -> Cursor:
         """Read on from `offset`, as far as a header can go."""
-        return Cursor(self.read(offset, max(0, min(_MAX_SECTION, self.size - offset))), offset)
+        end = min(self.size, offset + _MAX_SECTION)
+
+        def more(at: int, size: int) -> bytes:
+            return self.read(at, max(0, min(size, end - at)))
+
+        return Cursor(more(offset, _PIECE), offset, more)
 
 
 def uncompressed(algorithm: bytes, data: bytes, size: int, offset: int) -> bytes:

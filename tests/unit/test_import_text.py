@@ -126,9 +126,14 @@ def test_last_line_cut_in_a_number_is_not_read() -> None:
     assert (len(records), tally.unknown) == (0, 1)
 
 
+def text_of(text: str) -> lines.Text:
+    pad = "\n" * lines.PAD
+    return lines.text_of(np.frombuffer(f"{pad}{text}{pad}".encode(), np.uint8))
+
+
 @given(st.lists(st.tuples(st.integers(0, 10**16 - 1), st.integers(0, 2**64 - 1)), min_size=1))
 def test_numbers(values: list[tuple[int, int]]) -> None:
-    text = lines.text_of("".join(f"{d}:{x:x} 0x{x:x}\n" for d, x in values).encode())
+    text = text_of("".join(f"{d}:{x:x} 0x{x:x}\n" for d, x in values))
     number = swar.decimal(text.words, text.start)
     assert number.value.tolist() == [d for d, _ in values]
     plain = swar.hexadecimal(text.words, number.end + 1)
@@ -140,7 +145,7 @@ def test_numbers(values: list[tuple[int, int]]) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 9999999), st.integers(0, 20)), min_size=1))
 def test_numbers_that_end_somewhere(values: list[tuple[int, int]]) -> None:
-    text = lines.text_of("".join(f"{' ' * n}-{d}\n" for d, n in values).encode())
+    text = text_of("".join(f"{' ' * n}-{d}\n" for d, n in values))
     number = swar.decimal_before(text.words, text.end)
     assert number.value.tolist() == [d for d, _ in values]
     assert (text.characters[number.end - 1] == ord("-")).all()
