@@ -8,6 +8,7 @@ whose events no kernel can have made is no finding.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,11 +176,13 @@ class Integrity:
                 lost[name_of(Type, observation)] += records
         return dict(lost)
 
-    def forget(self, vm: int) -> None:
-        """Drop what is known of a VM that is gone: it stays in all totals."""
-        del self.gone[vm]
-        doubts = self.vms.pop(vm)
-        self._forgotten += max(0, doubts.missing - doubts.lost.total())
+    def forget(self, vms: Collection[int]) -> None:
+        """Drop what is known of VMs that are gone: they stay in all totals."""
+        for vm in vms:
+            del self.gone[vm]
+            doubts = self.vms.pop(vm)
+            self._forgotten += max(0, doubts.missing - doubts.lost.total())
+        self._last = {k: seq for k, seq in self._last.items() if k >> 16 in self.vms}
 
     def forgive(self, vm: int) -> None:
         """Drop what was lost of a VM (0: of all at once), or of VMs that were forgotten.
@@ -224,7 +227,8 @@ class Integrity:
                 self._follow(columns, own)
         if counts[Type.LIFECYCLE]:
             gone = (kinds == Type.LIFECYCLE) & (columns["kind"] == LifecycleChange.VM_GONE)
-            self._forget_sequences(set(columns["vm"][gone].tolist()))
+            ended = np.unique(columns["vm"][gone]).tolist()
+            self.gone.update(dict.fromkeys(vm for vm in ended if vm in self.vms))
 
     def _taken_whole(self, columns: Columns) -> bool:
         """Whether the compiled loop took the batch in; brings what it keeps up to date."""
@@ -254,11 +258,6 @@ class Integrity:
         ):
             self.lost[observation, cpu, cause, vm] += records
             self.vms.setdefault(vm, VmDoubts()).lost[observation] += records
-
-    def _forget_sequences(self, gone: set[int]) -> None:
-        if gone:
-            self._last = {k: seq for k, seq in self._last.items() if k >> 16 not in gone}
-            self.gone.update(dict.fromkeys(sorted(gone & self.vms.keys())))
 
     def trusts(self, vm: int, vcpu: int) -> bool:
         """Whether a kernel can have made all events of a vCPU (NO_VCPU: of a VM) so far."""
@@ -321,14 +320,14 @@ class Integrity:
         seq = numbers.astype(np.int64)
         change = columns["kind"][own][order]
         ends = lifecycle & (change == LifecycleChange.VCPU_GONE)
-        self._meet(key[first] >> 16)
+        # A vCPU's end may be told when its address is taken again, long after its VM was forgotten.
+        alone = np.flatnonzero(ends[first] & (first == last))
+        late = [i for i in alone.tolist() if int(key[first[i]]) >> 16 not in self.vms]
+        self._meet(np.delete(key[first], late) >> 16)
         before = np.empty_like(seq)
         before[1:] = np.where(ends[:-1], self._before_first, seq[:-1])
-        # What comes of a VM after its end is the rest: its sequences are forgotten already.
-        before[first] = [
-            self._last.get(k, _UNSEEN if k >> 16 in self.gone else self._before_first)
-            for k in key[first].tolist()
-        ]
+        before[first] = [self._last.get(k, self._before_first) for k in key[first].tolist()]
+        before[first[late]] = _UNSEEN
         seen = lifecycle & (change == LifecycleChange.VCPU_SEEN)
         before[seen] = self._before_first
         self._last.update(zip(key[last].tolist(), seq[last].tolist(), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from kvmprobe.analysis.detector import STEPPED, WATCHED, Detector, is_placeless
@@ -206,9 +207,11 @@ class Judge:
     def _forget(self) -> None:
         """Drop the oldest VMs that are gone, once they are too many."""
         gone = self.integrity.gone
-        while len(gone) > GONE_LIMIT:
-            vm = next(iter(gone))
-            self.integrity.forget(vm)
+        if len(gone) <= GONE_LIMIT:
+            return
+        oldest = tuple(islice(gone, len(gone) - GONE_LIMIT))
+        self.integrity.forget(oldest)
+        for vm in oldest:
             self._detector.forget(vm)
             if not self._detector.convicted(vm):
                 self.names.forget(vm)

@@ -173,8 +173,29 @@ def test_many_vms_take_the_other_way_to_sort() -> None:
 def test_ends_free_memory() -> None:
     integrity = Integrity()
     for vm in range(1, 300):
-        integrity.feed(columns(stream([*_seqs(0, 1, vm=vm), gone(vm=vm, vcpu=1), vm_gone(vm)])))
-    assert len(integrity._last) == 0
+        rows = [*_seqs(0, 1, vm=vm), *_seqs(0, vm=vm, vcpu=1), gone(vm=vm, vcpu=1, seq=1)]
+        integrity.feed(columns(stream([*rows, vm_gone(vm)])))
+    assert sorted(integrity._last) == [vm << 16 for vm in range(1, 300)]
+    integrity.forget(list(integrity.gone))
+    assert (integrity._last, list(integrity.vms)) == ({}, [0])
+
+
+@pytest.mark.parametrize("cuts", [[], [3], [4], [3, 4]])
+def test_a_vcpu_may_end_after_its_vm(cuts: list[int]) -> None:
+    """It is told when its address is taken again; what is missing before it counts, cut or not."""
+    rows = stream([*_seqs(0, 1, 2), vm_gone(1), gone(seq=5)])
+    integrity = Integrity(from_first=True)
+    for part in np.split(rows, cuts):
+        integrity.feed(columns(part))
+    assert (integrity.missing, list(integrity.gone), integrity._last) == (2, [1], {})
+
+
+def test_a_vcpu_may_end_after_its_vm_is_forgotten() -> None:
+    integrity = Integrity(from_first=True)
+    integrity.feed(columns(stream([*_seqs(0, 1, 2), *_seqs(0, vm=2), vm_gone(1)])))
+    integrity.forget([1])
+    integrity.feed(columns(stream([gone(seq=3), gone(vm=2, seq=1), gone(vm=3, seq=0)])))
+    assert (integrity.missing, integrity.gaps, list(integrity.vms)) == (0, [], [0, 2])
 
 
 @given(
