@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -24,6 +25,11 @@ _PLAIN_SECONDS = 10.0
 _MAX_LINES = 1000
 
 
+def on_terminal() -> bool:
+    """Whether stderr is a terminal on which a picture can be drawn anew in its place."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+
+
 class Status:
     """Tells on stderr how a recording goes: VMs, vCPUs, rates, caches and findings as they come."""
 
@@ -36,7 +42,7 @@ class Status:
         self._events = 0
         self._occurrences = 0
         self._told: set[tuple[str, int, int]] = set()
-        if sys.stderr.isatty():
+        if on_terminal():
             from rich.console import Console
             from rich.live import Live
 
@@ -69,9 +75,15 @@ class Status:
                 print(self._head(since), file=sys.stderr, flush=True)
                 self._shown = now
         elif since >= _SECONDS:
+            from kvmprobe.cli.liveview import counts, told
+
             height = self._live.console.size.height
+            head = [counts(self._head(since))]
             findings = self._recorder.judge.findings()
-            picture = self._view.picture(self._head(since), findings, since, height)
+            names = self._view.names
+            picture = self._view.picture(
+                head, findings, lambda finding: told(finding, names), since, height
+            )
             self._live.update(picture, refresh=True)
             self._shown = now
 

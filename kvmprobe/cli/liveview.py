@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""What is going on in a recording: each vCPU's rate, level and MMIO cache, as a table."""
+"""What goes on in a recording or a watch: each vCPU's rate, level and MMIO cache, as a table."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,8 +17,11 @@ from kvmprobe.analysis.candidates import beliefs
 from kvmprobe.analysis.findings import Finding, level_of
 from kvmprobe.analysis.text import slot_name
 from kvmprobe.analysis.vms import VmNames
+from kvmprobe.analysis.words import FIXED, INCONCLUSIVE, VULNERABLE
 from kvmprobe.cli.live import finding_line
 from kvmprobe.probes.schema import NO_VCPU, Flag, LifecycleChange, Type
+
+_Told = TypeVar("_Told")
 
 #: vCPUs that are followed; more than fit on any terminal.
 _MAX_VCPUS = 4096
@@ -25,7 +29,15 @@ _MAX_VCPUS = 4096
 _MAX_FINDINGS = 5
 #: A drain's last events, that say where vCPUs run now.
 _NEWEST = 512
-_COLOURS = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
+#: By severity, and by verdict.
+COLOURS = {
+    "critical": "bold red",
+    "warning": "yellow",
+    "info": "cyan",
+    VULNERABLE: "bold red",
+    INCONCLUSIVE: "yellow",
+    FIXED: "green",
+}
 
 
 @dataclass
@@ -38,10 +50,11 @@ class _Vcpu:
     filler: str = "?"
     events: int = 0
     believed: int = 0
+    seq: int | None = None  # of the flight recorder's newest event
 
 
 class View:
-    """Follows the events of a recording for its picture; a drain costs it about a ms."""
+    """Follows a stream of events for its picture; a drain costs it about a ms."""
 
     def __init__(self) -> None:
         """Start with nothing seen."""
@@ -60,7 +73,7 @@ class View:
             self._vcpu(key).believed += count
         newest = np.flatnonzero(own[-_NEWEST:]) + max(0, len(rows) - _NEWEST)
         for key, at in _last(keys, newest):
-            self._vcpu(key).level = level_of(int(rows["flags"][at]))
+            self._vcpu(key).level = _level(rows[at])
         cached = own & ((kinds == Type.FILL) | (kinds == Type.CACHE))
         for key, at in _last(keys, np.flatnonzero(cached)):
             _show_cache(self._vcpu(key), rows[at])
@@ -68,35 +81,87 @@ class View:
         if lives.any():
             self._follow_lives(rows[lives])
 
+    def sample(self, rows: NDArray[Any]) -> None:
+        """Take in what the flight recorder holds of the vCPUs that were met: all of their events.
+
+        Where a drain gives what a rule needs only, this tells rates, levels and caches.
+
+        Args:
+            rows: of dtype `schema.EVENT`, sorted by (vm, vcpu, seq): `Session.flight`'s.
+
+        """
+        keys = rows["vm"].astype(np.int64) << 16 | rows["vcpu"]
+        said = beliefs({name: rows[name] for name in ("type", "flags", "slot")})
+        cached = said | (rows["type"] == Type.FILL) | (rows["type"] == Type.CACHE)
+        holding = dict(_last(keys, np.flatnonzero(cached)))
+        for key, at in _last(keys, np.arange(len(rows))):
+            vcpu = self._vcpus.get((key >> 16, key & 0xFFFF))
+            if vcpu is None:
+                continue
+            newest = int(rows["seq"][at])
+            if vcpu.seq is not None:
+                # It begins anew where the recorder had no room for a vCPU.
+                vcpu.events = newest - vcpu.seq if newest >= vcpu.seq else newest + 1
+            vcpu.seq = newest
+            vcpu.level = _level(rows[at])
+            if key in holding:
+                _show_cache(vcpu, rows[holding[key]])
+
+    def keep(self, vms: Container[int]) -> None:
+        """Forget the vCPUs of all other VMs."""
+        for key in [key for key in self._vcpus if key[0] not in vms]:
+            del self._vcpus[key]
+
     def picture(
-        self, head: str, findings: tuple[Finding, ...], seconds: float, height: int
+        self,
+        head: Sequence[Text],
+        findings: Sequence[_Told],
+        line: Callable[[_Told], Text],
+        seconds: float,
+        height: int,
+        verdicts: Mapping[int, str] | None = None,
     ) -> RenderableType:
-        """Draw all that fits into `height` lines; `seconds` went by since the last picture."""
-        most = max(1, min(_MAX_FINDINGS, (height - 5) // 2))
-        told = [_finding(f, self.names) for f in findings[-most:]][::-1]
+        """Draw all that fits into a terminal.
+
+        Args:
+            head: the first lines.
+            findings: the newest last.
+            line: what to say of a finding.
+            seconds: since the last picture.
+            height: lines of the terminal.
+            verdicts: by VM, if they are known; they take the place of what was believed.
+
+        """
+        most = max(1, min(_MAX_FINDINGS, (height - 4 - len(head)) // 2))
+        told = [line(finding) for finding in findings[-most:]][::-1]
         if len(findings) > len(told):
             told.append(Text(f"and {len(findings) - len(told)} more findings", style="dim"))
-        room = max(1, height - 4 - len(told))
+        room = max(1, height - 3 - len(head) - len(told))
         ranked = sorted(self._vcpus, key=lambda key: -self._vcpus[key].events)
         table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
-        table.add_column("VM", no_wrap=True, overflow="ellipsis", ratio=3)
-        for name in ("vCPU", "events/s", "level", "believed/s"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("MMIO cache", no_wrap=True, overflow="ellipsis", ratio=4)
+        table.add_column("VM", no_wrap=True, overflow="ellipsis", ratio=2)
+        for name in ("vCPU", "events/s", "level", "believed/s" if verdicts is None else "verdict"):
+            justify: JustifyMethod = "left" if name == "verdict" else "right"
+            table.add_column(name, justify=justify, no_wrap=True)
+        table.add_column("MMIO cache", no_wrap=True, overflow="ellipsis", ratio=3)
         for key in sorted(ranked[:room]):
-            table.add_row(*self._row(key, seconds))
+            table.add_row(*self._row(key, seconds, verdicts))
         more = len(ranked) - room
         rest = [Text(f"and {more} quieter vCPUs", style="dim")] if more > 0 else []
         for vcpu in self._vcpus.values():
             vcpu.events = vcpu.believed = 0
-        line = Text(head, no_wrap=True, overflow="ellipsis")
-        line.highlight_regex(r"[1-9][\d,]* (lost|findings)", "bold red")
-        return Group(line, table, *rest, *told)
+        lines = [*head, *told]
+        for each in lines:
+            each.no_wrap, each.overflow = True, "ellipsis"
+        return Group(*head, table, *rest, *told)
 
-    def _row(self, key: tuple[int, int], seconds: float) -> list[Text]:
+    def _row(
+        self, key: tuple[int, int], seconds: float, verdicts: Mapping[int, str] | None
+    ) -> list[Text]:
         vcpu, vm = self._vcpus[key], self.names.get(key[0])
         who = f"{vm.id} {vm.name}" if vm.name else str(vm.id)
-        cache = Text("?", style="dim")
+        # A watch is told of every page in which memory stands, and of few others.
+        cache = Text("?" if verdicts is None else "no memory seen", style="dim")
         if vcpu.cache is not None:
             page, _ = vcpu.cache
             cache = Text("empty", style="dim")
@@ -106,9 +171,12 @@ class View:
             if vcpu.memory:
                 cache.stylize("bold red")
         level = Text(vcpu.level, style="yellow" if vcpu.level == "L2" else "")
-        rates = (vcpu.events / seconds, vcpu.believed / seconds)
-        events, believed = (Text(f"{rate:,.0f}") for rate in rates)
-        return [Text(who), Text(str(key[1])), events, level, believed, cache]
+        says = Text(f"{vcpu.believed / seconds:,.0f}")
+        if verdicts is not None:
+            word = verdicts.get(key[0], "")
+            says = Text(word, style=COLOURS.get(word, ""))
+        rate = Text(f"{vcpu.events / seconds:,.0f}")
+        return [Text(who), Text(str(key[1])), rate, level, says, cache]
 
     def _vcpu(self, key: int) -> _Vcpu:
         at = key >> 16, key & 0xFFFF
@@ -130,10 +198,21 @@ class View:
                     del self._vcpus[key]
 
 
-def _finding(finding: Finding, names: VmNames) -> Text:
-    line = Text(finding_line(finding, names), no_wrap=True, overflow="ellipsis")
-    line.stylize(_COLOURS[finding.rule.severity])
-    return line
+def told(finding: Finding, names: VmNames) -> Text:
+    """A finding's line, in the colour of its severity."""
+    return Text(finding_line(finding, names), style=COLOURS[finding.rule.severity])
+
+
+def counts(line: str) -> Text:
+    """A line of counts, in which losses and findings are red."""
+    text = Text(line)
+    text.highlight_regex(r"[1-9][\d,]* (lost|findings?)", "bold red")
+    return text
+
+
+def _level(row: np.void) -> str:
+    level = level_of(int(row["flags"]))
+    return "?" if level == "unknown" else level
 
 
 def _counted(keys: NDArray[np.int64]) -> list[tuple[int, int]]:
@@ -156,12 +235,11 @@ def _last(keys: NDArray[np.int64], rows: NDArray[np.intp]) -> list[tuple[int, in
 
 
 def _show_cache(vcpu: _Vcpu, row: np.void) -> None:
-    """Keep what a FILL or CACHE event says; a CACHE event doesn't tell who filled it."""
+    """Keep what an event says of the cache; only a FILL tells who filled it."""
     flags = int(row["flags"])
     content = (int(row["addr"]) & ~0xFFF, int(row["gen"])) if row["addr"] | row["value"] else (0, 0)
     if row["type"] == Type.FILL:
-        level = level_of(flags)
-        vcpu.filler = "SMM" if flags & Flag.SMM else "?" if level == "unknown" else level
+        vcpu.filler = "SMM" if flags & Flag.SMM else _level(row)
     elif content != vcpu.cache:
         vcpu.filler = "?"
     vcpu.cache = content

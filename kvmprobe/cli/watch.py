@@ -44,6 +44,9 @@ def watch(
 ) -> None:
     """Watch this host's KVM until SIGTERM or Ctrl-C: metrics, findings, evidence.  Needs root.
 
+    On a terminal it shows VMs, vCPUs and findings as they come; elsewhere it prints a line for what
+    is new.
+
     Options outrank the configuration file.  SIGHUP reads the file again.  SIGUSR1 detaches, so that
     KVM's modules can be unloaded, until SIGHUP.
     """
@@ -68,9 +71,16 @@ def watch(
         for entry in wanted.expired(today()):
             print(f"expired on {entry.expires}: the ignore of {entry.rule} on {entry.vm!r}")
         return
+    from kvmprobe.cli.live import on_terminal
     from kvmprobe.watch.service import Service
 
-    Service(wanted, read).run()
+    if not on_terminal():
+        Service(wanted, read).run()
+        return
+    from kvmprobe.cli.watchview import WatchView
+
+    with WatchView() as view:
+        Service(wanted, read, view).run()
 
 
 def _absolute(path: Path | None) -> Path | None:

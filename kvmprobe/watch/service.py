@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,13 +44,29 @@ _KEEPER_SECONDS = 1.0
 _NO_EVENTS = np.zeros(0, EVENT)
 
 
+class Picture(Protocol):
+    """What shows a watch to somebody who sits before it."""
+
+    def begin(self) -> None:
+        """Probes were attached; VMs are numbered from 1."""
+
+    def feed(self, rows: NDArray[Any], /) -> None:
+        """Take a drain's events, dtype EVENT."""
+
+    def show(self, status: Status, flight: Callable[[], NDArray[Any]], /) -> None:
+        """Show the status; `flight` gives the flight recorder's events, dtype EVENT."""
+
+
 class Service:
     """One watch, from start to stop."""
 
-    def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
+    def __init__(
+        self, config: Config, reload: Callable[[], Config], picture: Picture | None = None
+    ) -> None:
         """Prepare a watch; `reload` reads the configuration again, or raises ConfigError."""
         self._config = config
         self._reload_config = reload
+        self._picture = picture
         self._journal = Journal()
         self._notify = Notify()
         self._boot = statuses.boot_id()
@@ -121,6 +137,8 @@ class Service:
 
     def _take(self, events: NDArray[Any]) -> None:
         self._desk.feed(events)
+        if self._picture is not None:
+            self._picture.feed(events)
         now = time.monotonic()
         self._watched += now - self._drained
         self._drained, self._drained_wall = now, time.time()
@@ -162,6 +180,8 @@ class Service:
             session.close()
             raise
         self._session, self._modules, self._reason = session, modules, None
+        if self._picture is not None:
+            self._picture.begin()
         self._flying = flight
         self._attachments += 1
         self._drained = time.monotonic()
@@ -250,6 +270,8 @@ class Service:
         )
         directory = self._config.runtime_directory
         self._desk.keeper.now("status", lambda: statuses.write(status, directory))
+        if self._picture is not None:
+            self._picture.show(status, self._flight)
         doubted = status.verdict if status.verdict == INCONCLUSIVE else None
         if doubted != self._doubted:
             self._doubted = doubted

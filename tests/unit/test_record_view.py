@@ -12,7 +12,7 @@ from rich.text import Text
 
 from kvmprobe.analysis.vms import named
 from kvmprobe.cli.live import finding_line
-from kvmprobe.cli.liveview import View
+from kvmprobe.cli.liveview import View, counts, told
 from kvmprobe.probes.schema import NO_VCPU, LifecycleChange, Type
 from tests.streams import L1, L2, UNKNOWN, detect, ev, noslot, stream, vm_gone
 
@@ -23,7 +23,10 @@ EVIL = "[red]\x1b[2J\u202e\nx" + "y" * 90
 def picture(view: View, rows: NDArray[Any] | None = None, width: int = 80, height: int = 24) -> str:
     found = tuple(detect(rows)[1]) if rows is not None else ()
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True)
-    console.print(view.picture("head", found, 2.0, height))
+    drawn = view.picture(
+        [counts("head")], found, lambda finding: told(finding, view.names), 2.0, height
+    )
+    console.print(drawn)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -48,8 +51,7 @@ def test_findings_stand_below() -> None:
     rows = stream([noslot(L2), ev(Type.MATCH, L1)])
     view = View()
     view.feed(rows)
-    told = lines(picture(view, rows))
-    assert told[-2:] == [
+    assert lines(picture(view, rows))[-2:] == [
         "critical internal-slot-hit: VM 1, vCPU 0, 0xfffbd000 (TSS)",
         "warning internal-slot-fill: VM 1, vCPU 0, 0xfffbd000 (TSS)",
     ]
@@ -61,14 +63,14 @@ def test_it_fits_whatever_a_guest_is_called(width: int, height: int) -> None:
     view = View()
     view.feed(np.concatenate([stream([SEEN]), named(1, 7, EVIL, 1000), rows]))
     text = picture(view, rows, width, height)
-    told = lines(text)
-    assert len(told) < height
-    assert max(map(len, told)) <= width
+    drawn = lines(text)
+    assert len(drawn) < height
+    assert max(map(len, drawn)) <= width
     assert "\x1b[2J" not in text
     assert "\u202e" not in text
     assert "quieter vCPUs" in text
     assert "more findings" in text
-    assert width < 80 or "[red]" in told[-3]
+    assert width < 80 or "[red]" in drawn[-3]
 
 
 def test_what_went_is_gone() -> None:
