@@ -99,7 +99,7 @@ def run_program(command: list[str], *, cwd: Path | None = None, stdin: str | Non
     if done.returncode:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         # What went wrong comes first, and then what went wrong because of it.
-        errors = [line for line in lines if "error: " in line.lower()]
+        errors = [line for line in lines if "error: " in line.lower() or line.startswith("E: ")]
         reason = (errors[:1] or lines[-1:] or ["it said nothing"])[0]
         raise LabError(f"{Path(command[0]).name} failed with status {done.returncode}: {reason}")
     return done.stdout

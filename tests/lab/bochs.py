@@ -59,17 +59,26 @@ serial=true, gameport=false
 """
 
 
+def require_bochs() -> str:
+    """Return the path of Bochs; MissingError when it isn't here, or what it boots from."""
+    for path, package in (
+        ("/usr/share/bochs/BIOS-bochs-latest", "bochsbios"),
+        ("/usr/share/vgabios/vgabios.bin", "vgabios"),
+        # GRUB for BIOS machines
+        ("/usr/lib/grub/i386-pc", "grub-pc-bin"),
+    ):
+        if not Path(path).exists():
+            raise MissingError(f"{path} is missing; apt-get install {package}")
+    for program, package in (("xorriso", "xorriso"), ("mformat", "mtools")):
+        find_program(program, package)
+    return find_program("bochs", "bochs bochs-term")
+
+
 def bochs_command(boot: Boot, model: str = CPU_MODEL) -> list[str]:
     """Return the command line that boots a VM with VMX in Bochs; changes to the root are dropped.
 
     Bochs has one processor, whatever `boot.processors` says.
     """
-    for file, package in (
-        ("/usr/share/bochs/BIOS-bochs-latest", "bochsbios"),
-        ("/usr/share/vgabios/vgabios.bin", "vgabios"),
-    ):
-        if not Path(file).exists():
-            raise MissingError(f"{file} is missing; apt-get install {package}")
     configuration = boot.folder / "bochsrc"
     configuration.write_text(
         _CONFIG.format(
@@ -85,7 +94,7 @@ def bochs_command(boot: Boot, model: str = CPU_MODEL) -> list[str]:
     # Debian's build has the debugger, which waits for a command: continue.
     commands = boot.folder / "debugger"
     commands.write_text("c\n")
-    bochs = [find_program("bochs", "bochs bochs-term"), "-q", "-f", str(configuration)]
+    bochs = [require_bochs(), "-q", "-f", str(configuration)]
     return [sys.executable, str(_TERMINAL), *bochs, "-rc", str(commands)]
 
 
@@ -98,10 +107,6 @@ def _boot_cd(boot: Boot) -> Path:
     (tree / "boot" / "grub" / "grub.cfg").write_text(
         f"set timeout=0\nlinux /vmlinuz {options}\ninitrd /initrd\nboot\n"
     )
-    for program, package in (("xorriso", "xorriso"), ("mformat", "mtools")):
-        find_program(program, package)
-    if not Path("/usr/lib/grub/i386-pc").is_dir():
-        raise MissingError("GRUB for BIOS machines is missing; apt-get install grub-pc-bin")
     mkrescue = find_program("grub-mkrescue", "grub-common")
     cd = boot.folder / "boot.iso"
     formats = ["-d", "/usr/lib/grub/i386-pc"]

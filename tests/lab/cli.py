@@ -15,6 +15,7 @@ from tests.lab.kernels import RELEASES, get_kernel, parse_spec
 from tests.lab.matrix import (
     BACKENDS,
     EMULATORS,
+    REQUIRED,
     choose_kernels,
     plan_boots,
     render,
@@ -94,6 +95,8 @@ def _matrix(arguments: argparse.Namespace) -> int:
     results = arguments.results or Path(tempfile.mkdtemp(prefix="kvmprobe-lab-"))
     vendors = arguments.vendor or sorted(EMULATORS)
     try:
+        for vendor in vendors:
+            REQUIRED[vendor]()
         targets, remarks = choose_kernels(arguments.kernel)
         boots = plan_boots(targets, vendors, arguments.backend or (), scenarios)
         cells = list(run_boots(boots, results, arguments.code.resolve(), arguments.jobs))

@@ -15,10 +15,11 @@ from tests.lab.base import (
     content_key,
     say,
 )
-from tests.lab.bochs import bochs_command
+from tests.lab.bochs import bochs_command, require_bochs
 from tests.lab.helper import get_helper
 from tests.lab.kernels import Kernel, get_kernel, parse_spec
-from tests.lab.qemu import qemu_command
+from tests.lab.packages import GoneError
+from tests.lab.qemu import qemu_command, require_qemu
 from tests.lab.results import read_result
 from tests.lab.rootfs import get_root
 from tests.lab.scenarios import (
@@ -34,6 +35,8 @@ from tests.lab.vm import Emulator, Job, run_job, show_tail, stop_runs
 from tests.lab.wheel import get_installed, hash_files
 
 EMULATORS: dict[str, Emulator] = {"amd": qemu_command, "intel": bochs_command}
+#: Each raises MissingError when this machine lacks something for the vendor's emulator.
+REQUIRED = {"amd": require_qemu, "intel": require_bochs}
 #: "default" leaves the choice to kvmprobe; the others are forced by --backend.
 BACKENDS = ("default", "kprobe", "fentry", "tracepoint")
 #: Kernel options of a second boot, where a boot takes seconds.
@@ -126,7 +129,8 @@ def choose_kernels(names: Sequence[str]) -> tuple[list[Target], list[str]]:
     """Return the kernels to run on and a line about each that is unclassified or gone.
 
     Of every name in kernels.toml it is the newest that the mirror still has; a name that is not
-    in kernels.toml is taken as a kernel's specification.  MissingError when the mirror has none.
+    in kernels.toml is taken as a kernel's specification.  MissingError when the mirror has none, or
+    when it can't be asked.
     """
     listed = listed_kernels()
     targets, remarks = [], []
@@ -135,7 +139,7 @@ def choose_kernels(names: Sequence[str]) -> tuple[list[Target], list[str]]:
         for kernel in candidates:
             try:
                 get_kernel(kernel.spec)
-            except MissingError as error:
+            except GoneError as error:
                 remarks.append(f"{kernel.version}: unclassified, {error}")
                 continue
             targets.append(Target(kernel.spec, kernel))
@@ -248,6 +252,8 @@ def _run_boot(boot: Boot, code: Path, folder: Path) -> str | None:
     say(f"booting {name}: {len(boot.scenarios)} scenarios")
     try:
         outcome = run_job(job, EMULATORS[boot.vendor], folder)
+    except MissingError:
+        raise
     except LabError as error:
         if (folder / "serial.log").exists():
             show_tail(folder / "serial.log")

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.lab.base import LabError, MissingError, cache_dir, find_program, run_program
+from tests.lab.base import LabError, MissingError, cache_dir, find_program, run_program, say
 from tests.lab.mirror import KEYRING, read_mirror
 
 _LISTS_KEPT_SECONDS = 24 * 3600
@@ -24,6 +24,10 @@ class Package:
     name: str
     version: str
     depends: tuple[tuple[str, str | None], ...]
+
+
+class GoneError(MissingError):
+    """The mirror answers and holds no such package, or not any more."""
 
 
 class Release:
@@ -70,17 +74,21 @@ class Release:
         (self._root / "status").touch()
         (self._root / "sources.list").write_text(read_mirror().sources(self.name))
         try:
-            run_program([find_program("apt-get", "apt"), *self._options(), "-q", "update"])
+            # Without the mode apt-get ends with 0 when it can't reach the mirror.
+            strict = ["-q", "-o", "APT::Update::Error-Mode=any", "update"]
+            run_program([find_program("apt-get", "apt"), *self._options(), *strict])
         except LabError as error:
             if not stamp.exists():
                 raise MissingError(f"no package lists of {self.name}: {error}") from None
+            say(f"the package lists of {self.name} are old: {error}")
             return
         stamp.touch()
 
     def show(self, name: str, version: str | None = None) -> Package:
         """Return a package's exact version and its dependencies.
 
-        Raises MissingError when the release doesn't hold it (any more).
+        Raises GoneError when the release doesn't hold it (any more), MissingError when there are no
+        package lists.
         """
         self.refresh()
         wanted = f"{name}={version}" if version else name
@@ -88,7 +96,7 @@ class Release:
         try:
             text = _ask((*command, "show", "--no-all-versions", wanted))
         except LabError:
-            raise MissingError(f"{self.name} on the mirror holds no package {wanted}") from None
+            raise GoneError(f"{self.name} on the mirror holds no package {wanted}") from None
         fields = dict(re.findall(r"^([A-Za-z-]+): (.*)$", text, re.M))
         return Package(name, fields["Version"], tuple(_parse_depends(fields.get("Depends", ""))))
 
@@ -106,7 +114,8 @@ class Release:
             try:
                 run_program([*command, "download", wanted], cwd=folder)
             except LabError as error:
-                raise MissingError(f"{wanted} could not be downloaded: {error}") from None
+                kind = GoneError if "404" in str(error) else MissingError
+                raise kind(f"{wanted} could not be downloaded: {error}") from None
         return path
 
 

@@ -16,12 +16,17 @@ _KERNEL_OPTIONS = (
 )
 
 
+def require_qemu() -> str:
+    """Return QEMU's path; MissingError when it isn't here."""
+    return find_program("qemu-system-x86_64", "qemu-system-x86")
+
+
 def qemu_command(boot: Boot) -> list[str]:
     """Return the command line that boots a VM with SVM in QEMU; changes to the root are dropped."""
     append = " ".join(_KERNEL_OPTIONS + boot.options)
     drive = "format=raw,if=ide,media=disk"
     return [
-        find_program("qemu-system-x86_64", "qemu-system-x86"),
+        require_qemu(),
         # Processors take turns: with a thread each, TCG can run an int3 that the kernel, patching
         # its own code (static keys), has already replaced, and 6.12 stops with an oops.
         *("-accel", "tcg,thread=single"),
