@@ -139,21 +139,24 @@ class PerfDataReader:
 
     def _attrs(self, offset: int, size: int, each: int) -> tuple[set[int], set[int]]:
         """Read the attributes: the forms of samples, and their identifiers."""
+        form = np.dtype(
+            {
+                "names": ["type", "sample_type", "ids", "ids_size"],
+                "formats": ["<u4", "<u8", "<u8", "<u8"],
+                "offsets": [0, 24, each - 16, each - 8],
+                "itemsize": each,
+            }
+        )
         kinds, ids = set(), set()
-        table = raw.Cursor(self._read(offset, size), offset)
-        for _ in range(size // each):
-            attr = raw.Cursor(table.take(each), table.offset - each)
-            kind_of = attr.number(4)
-            attr.take(4 + 8 + 8)
-            kind = attr.number(8)
-            attr.take(attr.left - 16)
-            ids_at, ids_size = attr.number(8), attr.number(8)
-            if kind_of != _TRACEPOINT and not kind & _RAW:
-                # Other events beside the tracepoints: dummies for the map of memory.
-                continue
+        table = np.frombuffer(self._read(offset, size // each * each), form)
+        # Other events beside the tracepoints: dummies for the map of memory.
+        ours = (table["type"] == _TRACEPOINT) | (table["sample_type"] & np.uint64(_RAW) != 0)
+        for number in np.flatnonzero(ours).tolist():
+            _, kind, ids_at, ids_size = table[number].tolist()
             kinds.add(kind)
             if ids_size > 8 << 16:
-                raise CaptureError(f"identifiers of impossible size at byte {table.offset - 8}")
+                at = offset + (number + 1) * each - 8
+                raise CaptureError(f"identifiers of impossible size at byte {at}")
             ids |= set(np.frombuffer(self._read(ids_at, ids_size // 8 * 8), "<u8").tolist())
         return kinds, ids
 
@@ -207,11 +210,11 @@ class PerfDataReader:
         The buffer goes on for _PAD zeros.
         """
         offset, end = self.data
-        buffer = np.zeros(_CHUNK + _PAD, np.uint8)
+        buffer = np.zeros(min(_CHUNK, max(0, end - offset)) + _PAD, np.uint8)
         self._used = 0
         while offset < end:
             self._file.seek(offset)
-            size = raw.read_into(self._file, buffer[: min(_CHUNK, end - offset)])
+            size = raw.read_into(self._file, buffer[: min(len(buffer) - _PAD, end - offset)])
             buffer[size : size + _PAD] = 0
             yield buffer, size, offset
             if not self._used:

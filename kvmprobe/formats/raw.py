@@ -57,21 +57,30 @@ class Formats:
 
     def add(self, text: bytes) -> None:
         """Take in the description of one tracepoint; of others than KVM's nothing is kept."""
-        m = _NAME.match(text)
-        if m is None:
-            return
-        name, number = m[1].decode("latin-1"), int(m[2])
-        for system, names in WITNESSES.items():
-            if name in names:
+        if told := described(text):
+            number, system, layout = told
+            if system is not None:
                 self.witnesses[number] = system
-        tracepoint = BY_NAME.get(name)
-        if tracepoint is not None:
-            head = text.partition(b"\nprint fmt:")[0]
-            fields = {}
-            for field in (*(field for _, field in tracepoint.fields), "len"):
-                if m := _field(field).search(head):
-                    fields[field] = Field(int(m[1]), int(m[2]))
-            self.layouts[number] = Layout(tracepoint, fields)
+            if layout is not None:
+                self.layouts[number] = layout
+
+
+def described(text: bytes) -> tuple[int, str | None, Layout | None] | None:
+    """Read a tracepoint's description: its number, the system it is a witness of, its layout."""
+    m = _NAME.match(text)
+    if m is None:
+        return None
+    name, number = m[1].decode("latin-1"), int(m[2])
+    system = next((system for system, names in WITNESSES.items() if name in names), None)
+    tracepoint = BY_NAME.get(name)
+    if tracepoint is None:
+        return number, system, None
+    head = text.partition(b"\nprint fmt:")[0]
+    fields = {}
+    for field in (*(field for _, field in tracepoint.fields), "len"):
+        if m := _field(field).search(head):
+            fields[field] = Field(int(m[1]), int(m[2]))
+    return number, system, Layout(tracepoint, fields)
 
 
 class Samples(NamedTuple):
