@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvmprobe.analysis.run import analyze
-from kvmprobe.probes.schema import LifecycleChange, Type
+from kvmprobe.probes.schema import Flag, LifecycleChange, Type
 from kvmprobe.store.reader import CaptureReader
 from tests.lab.scenarios import FAULT, NOT_EXERCISED, SCENARIOS
 
@@ -81,3 +81,10 @@ def test_the_fix_on_intel() -> None:
     document = analysis_of("lab-6.12-intel")
     assert document["findings"] == []
     assert document["verdicts"][FAULT]["verdict"] == "fixed"
+
+
+def test_lookups_while_memslots_change_are_marked_and_prove_nothing() -> None:
+    with CaptureReader(GOLDEN / "lab-6.1-amd-toggled.kvmprobe") as reader:
+        flags = np.concatenate([batch["flags"] for batch in reader.batches()])
+    assert np.count_nonzero(flags & Flag.UNSTABLE) == 810
+    assert analysis_of("lab-6.1-amd-toggled")["findings"] == []
