@@ -52,3 +52,43 @@ def analyze(
     print(render(summary), end="")
     print(f"{output}: the tables", file=sys.stderr)
     return int(bool(summary["with_problems"]))
+
+
+@fleet.command()
+def simulate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    hosts: Annotated[int, typer.Option(min=1, help="Hosts.")] = 100,
+    days: Annotated[int, typer.Option(min=1, max=3650, help="Days of each host.")] = 7,
+    events: Annotated[
+        int, typer.Option(min=1, help="Events of all hosts and days together.")
+    ] = 10_000_000,
+    kernels: Annotated[int, typer.Option(min=1, max=1000, help="Different kernels.")] = 4,
+    vulnerable: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of hosts that show the fault.")
+    ] = 0.1,
+    hit: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of hosts whose L1 is hit, among those.")
+    ] = 0.05,
+    lossy: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of hosts that lose records.")
+    ] = 0.02,
+    seed: Annotated[int, typer.Option(min=0, help="Another number makes another fleet.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes.  [default: the cores]")
+    ] = None,
+) -> None:
+    """Make the captures of hosts that don't exist, to size a cluster and to test with.
+
+    Writes DIR/HOST/DAY.parquet, and DIR/truth.json: what `kvmprobe fleet analyze` has to find.
+    """
+    import os
+
+    from kvmprobe.fleet.simulate import Fleet, simulate_fleet
+
+    wanted = Fleet(
+        hosts=hosts, days=days, events=events, kernels=kernels, vulnerable=vulnerable, hit=hit,
+        lossy=lossy, seed=seed,
+    )  # fmt: skip
+    truth = simulate_fleet(wanted, folder, workers or os.cpu_count() or 1)
+    made = sum(host["events"] for host in truth)
+    print(f"{folder}: {len(truth):,} hosts, {made:,} events", file=sys.stderr)

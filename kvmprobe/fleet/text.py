@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kvmprobe.analysis.vms import printable
+from kvmprobe.analysis.words import VERDICTS
 
 #: Kernels and configurations shown.
 _SHOWN = 10
@@ -27,7 +28,9 @@ def render(summary: Mapping[str, Any]) -> str:
         f"{summary['events']:,} events, {summary['lost']:,} lost",
         "",
     ]
-    lines += [f"  {count:>9,}  {verdict}" for verdict, count in summary["verdicts"].items()]
+    lines.append("Hosts by verdict  " + "".join(f"{verdict:>14}" for verdict in VERDICTS))
+    for fault, counts in (*summary["faults"].items(), ("the worst of all", summary["verdicts"])):
+        lines.append(f"  {fault:<16}" + "".join(f"{counts[verdict]:>14,}" for verdict in VERDICTS))
     if summary["with_problems"]:
         lines += ["", f"{summary['with_problems']:,} hosts have files that can't be read whole"]
     if summary["began"]:
