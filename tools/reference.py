@@ -67,6 +67,19 @@ EXAMPLES = {
         ("sudo kvmprobe ack", "Findings that nobody has taken note of."),
         ('sudo kvmprobe ack ID --reason "TICKET-1234"', "End the alarm of one."),
     ),
+    "fleet analyze": (
+        ("kvmprobe fleet analyze captures -o result", "All hosts below a folder, on this machine."),
+        (
+            "kvmprobe fleet analyze s3://bucket/captures --scheduler tcp://cluster:8786 -o result",
+            "From an object store, on a cluster.",
+        ),
+    ),
+    "fleet simulate": (
+        (
+            "kvmprobe fleet simulate try --hosts 1000 --events 100000000",
+            "A fleet to try a cluster with.",
+        ),
+    ),
     "import": (
         ("kvmprobe import kvm.txt -o kvm.kvmprobe", "Text of ftrace."),
         ("kvmprobe import trace.dat -o kvm.kvmprobe", "A file of trace-cmd."),
@@ -99,13 +112,27 @@ def commands() -> dict[str, str]:
     group: Any = typer.main.get_command(app)
     context = group.context_class(group, info_name="kvmprobe", **group.context_settings)
     made, rows = {}, []
+    for name, command, below in _leaves(group, context):
+        rows.append((name, _first_sentence(command.help)))
+        made[file_name(name)] = _command_page(name, command, below)
+    made["kvmprobe"] = _overview_page(group, context, rows)
+    return made
+
+
+def file_name(command: str) -> str:
+    """The name of a command's page, of "fleet analyze" fleet-analyze."""
+    return command.replace(" ", "-")
+
+
+def _leaves(group: Any, context: Any, before: str = "") -> Iterator[tuple[str, Any, Any]]:  # noqa: ANN401
+    """Every command, with its name and its context; those of a group by both names."""
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         below = command.context_class(command, info_name=name, parent=context)
-        rows.append((name, _first_sentence(command.help)))
-        made[name] = _command_page(name, command, below)
-    made["kvmprobe"] = _overview_page(group, context, rows)
-    return made
+        if hasattr(command, "list_commands"):
+            yield from _leaves(command, below, f"{before}{name} ")
+        else:
+            yield before + name, command, below
 
 
 def _command_page(name: str, command: Any, context: Any) -> str:  # noqa: ANN401 - of typer's own
@@ -142,7 +169,7 @@ def _overview_page(group: Any, context: Any, rows: list[tuple[str, str]]) -> str
     lines += ["## Description", "", _escape(group.help), ""]
     lines += ["## Commands", ""]
     for name, says in rows:
-        lines += [f"[kvmprobe {name}]({name}.md)", f": {_escape(says)}", ""]
+        lines += [f"[kvmprobe {name}]({file_name(name)}.md)", f": {_escape(says)}", ""]
     lines += ["## Options", "", *_definitions(_records(options, context))]
     lines += ["## Exit status", "", *_statuses("")]
     lines += [

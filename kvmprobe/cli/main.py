@@ -21,6 +21,7 @@ from kvmprobe.cli import (
     compact,
     doctor,
     export,
+    fleet,
     import_,
     info,
     record,
@@ -56,6 +57,7 @@ for command in (
 ):
     app.command()(command)
 app.command("import")(import_.import_)
+app.add_typer(fleet.fleet)
 
 
 #: Commands that answer by their exit status, 2 among the answers: their errors are 3 (unknown).

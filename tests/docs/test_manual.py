@@ -12,6 +12,7 @@ import sys
 import urllib.parse
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import typer
@@ -21,8 +22,19 @@ from kvmprobe.cli.main import app
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PROGRAM = "import sys; from kvmprobe.cli.main import main; sys.argv[0] = 'kvmprobe'; main()"
-GROUP = typer.main.get_command(app)
-COMMANDS = sorted(GROUP.commands)  # type: ignore[attr-defined]
+
+
+def leaves(group: Any, before: str = "") -> dict[str, Any]:  # noqa: ANN401
+    """Every command by its name; those of a group by both names."""
+    found = {}
+    for name, command in group.commands.items():
+        below = hasattr(command, "commands")
+        found |= leaves(command, f"{before}{name} ") if below else {before + name: command}
+    return found
+
+
+BY_NAME = leaves(typer.main.get_command(app))
+COMMANDS = sorted(BY_NAME)
 
 
 def tool(name: str) -> ModuleType:
@@ -64,7 +76,7 @@ def test_reference_is_what_the_code_says(name: str) -> None:
 
 def test_every_command_has_a_page_and_no_page_is_left_over() -> None:
     there = {path.stem for path in (DOCS / "reference/commands").iterdir()}
-    assert there == {*COMMANDS, "kvmprobe"}
+    assert there == {*map(reference.file_name, COMMANDS), "kvmprobe"}
 
 
 def test_every_command_has_examples() -> None:
@@ -73,11 +85,12 @@ def test_every_command_has_examples() -> None:
 
 @pytest.mark.parametrize("name", reference.EXAMPLES)
 def test_examples_use_options_that_exist(name: str) -> None:
-    known = {option for p in GROUP.commands[name].params for option in p.opts}  # type: ignore[attr-defined]
+    known = {option for p in BY_NAME[name].params for option in p.opts}
+    begin = ["kvmprobe", *name.split()]
     for line, _ in reference.EXAMPLES[name]:
         words = shlex.split(line.removeprefix("sudo "))
-        assert words[:2] == ["kvmprobe", name]
-        own = words[2 : words.index("--")] if "--" in words else words[2:]
+        assert words[: len(begin)] == begin
+        own = words[len(begin) : words.index("--") if "--" in words else None]
         assert {word for word in own if word.startswith("-")} <= known
 
 
@@ -134,7 +147,7 @@ def test_pages_load_nothing_from_the_network(pages: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_every_command_has_a_man_page(man: Path, name: str) -> None:
-    page = man / f"kvmprobe{name and '-' + name}.1"
+    page = man / f"kvmprobe{name and '-' + reference.file_name(name)}.1"
     text = page.read_text(encoding="utf-8")
     assert re.search(r"^\.SH NAME?\n|^\.SH Name\n", text, re.M | re.I)
     assert "\\-\\-help" in text
