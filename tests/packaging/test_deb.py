@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The parts of the Debian package; packaging/deb/build takes minutes and is not run here."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,25 @@ def test_unknown_suite_is_refused_in_one_line(suite: str) -> None:
     assert run.returncode == 2
     (line,) = run.stderr.splitlines()
     assert "bookworm or trixie" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "email"),
+    [("A B", "a@localhost"), ("A\nB", "a@b.org"), ("A <x>", "a@b.org"), ("A", "")],
+)
+def test_a_maintainer_who_cannot_be_written_to_is_refused(name: str, email: str) -> None:
+    env = {**os.environ, "DEBFULLNAME": name, "DEBEMAIL": email, "HOME": "/", "EMAIL": ""}
+    env |= {
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+        "GIT_CONFIG_SYSTEM": "/dev/null",
+        "GIT_DIR": "/dev/null",
+    }
+    run = subprocess.run(
+        [DEB / "build", "trixie"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert "DEBFULLNAME and DEBEMAIL" in line
 
 
 @pytest.mark.parametrize("script", ["build", "postinst", "prerm", "postrm"])
