@@ -66,6 +66,7 @@ class Detector:
         seed = np.array([secrets.randbits(29) * 2 + 1 for _ in range(2)], np.int64)
         self._places = steps.new_places(_FIRST_CAPACITY, seed)
         self._used = 0
+        self._room = steps.Room(0)
         self._causes = np.zeros(_FIRST_CAPACITY, EVENT)
         self._evidence: dict[tuple[int, int], _Evidence] = {}
         self._acquitting: dict[tuple[int, int], np.void] = {}  # VM, rule: the first
@@ -97,14 +98,11 @@ class Detector:
         chosen = WATCHED.pick(columns)
         if not len(chosen):
             return
-        key = columns["vm"][chosen].astype(np.int64) << 16 | columns["vcpu"][chosen]
-        rows = steps.Rows(
-            key=key,
-            gfn=_pages(columns, chosen),
-            **{name: columns[name][chosen] for name in STEPPED},
-        )
+        if len(chosen) > len(self._room.rows.key):
+            self._room = steps.Room(len(chosen))
+        rows, out = self._room.cut(len(chosen))
+        _fill(rows, columns, chosen)
         self._stepped += len(chosen)
-        out = steps.new_out(len(chosen))
         done = 0
         while True:
             done, self._used = self._scan(rows, self._places, out, done, self._used)
@@ -261,11 +259,20 @@ def is_placeless(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return placeless
 
 
-def _pages(columns: Columns, chosen: NDArray[np.intp]) -> NDArray[np.uint64]:
-    """The pages of the chosen events; a batch's addresses are not touched where none has one."""
-    if is_placeless(columns["type"][chosen]).all():
-        return np.zeros(len(chosen), np.uint64)
-    return columns["addr"][chosen] >> _PAGE_SHIFT
+def _fill(rows: steps.Rows, columns: Columns, chosen: NDArray[np.intp]) -> None:
+    """Put the chosen events into `rows`, of their number."""
+    rows.key[:] = columns["vm"].take(chosen)
+    rows.key[:] <<= 16
+    rows.key[:] |= columns["vcpu"].take(chosen)
+    for name in STEPPED:
+        # In this mode nothing is put between; all indices are good.
+        columns[name].take(chosen, out=getattr(rows, name), mode="clip")
+    # A batch's addresses are not touched where no event has one.
+    if is_placeless(rows.type).all():
+        rows.gfn[:] = 0
+    else:
+        columns["addr"].take(chosen, out=rows.gfn, mode="clip")
+        rows.gfn[:] >>= _PAGE_SHIFT
 
 
 def _rows(columns: Columns, chosen: NDArray[np.intp]) -> NDArray[Any]:

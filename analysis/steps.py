@@ -36,6 +36,7 @@ _LIFECYCLE = int(Type.LIFECYCLE)
 _VCPU_SEEN = int(LifecycleChange.VCPU_SEEN)
 _VCPU_GONE = int(LifecycleChange.VCPU_GONE)
 _VM_GONE = int(LifecycleChange.VM_GONE)
+_ZERO = np.uint64(0)
 _ONE = np.uint64(1)
 _COUNTED = CONVICTS | EVIDENCE
 
@@ -78,7 +79,7 @@ class Places(NamedTuple):
 
 
 class Out(NamedTuple):
-    """What the loop says of each row, for Python to act on."""
+    """What the loop says of each row it stepped over, for Python to act on."""
 
     place: NDArray[np.int64]
     keep: NDArray[np.uint64]  # bit r: keep as evidence of rule r
@@ -132,6 +133,8 @@ def scan(rows: Rows, places: Places, out: Out, start: int, used: int) -> tuple[i
 
     """
     for i in range(start, len(rows.key)):
+        out.keep[i] = out.cite[i] = out.acquit[i] = _ZERO
+        out.cause[i] = NO_CAUSE
         key = rows.key[i]
         at = find(places, key)
         place = places.hashes[at]
@@ -233,16 +236,35 @@ def new_places(capacity: int, seed: NDArray[np.int64]) -> Places:
     )
 
 
-def new_out(rows: int) -> Out:
-    """Make an empty answer for that many rows."""
-    return Out(
-        place=np.zeros(rows, np.int64),
-        keep=np.zeros(rows, np.uint64),
-        cite=np.zeros(rows, np.uint64),
-        cause=np.full(rows, NO_CAUSE, np.int64),
-        acquit=np.zeros(rows, np.uint64),
-        codes=np.zeros(N_RULES, np.uint8),
-    )
+class Room:
+    """Memory for rows and answers, kept from batch to batch: new memory costs more than a step."""
+
+    def __init__(self, size: int) -> None:
+        """Make room for that many rows."""
+        self.rows = Rows(
+            key=np.zeros(size, np.int64),
+            ts=np.zeros(size, np.uint64),
+            type=np.zeros(size, np.uint8),
+            site=np.zeros(size, np.uint8),
+            flags=np.zeros(size, np.uint32),
+            gfn=np.zeros(size, np.uint64),
+            slot=np.zeros(size, np.int16),
+            kind=np.zeros(size, np.uint8),
+        )
+        self.out = Out(
+            place=np.zeros(size, np.int64),
+            keep=np.zeros(size, np.uint64),
+            cite=np.zeros(size, np.uint64),
+            cause=np.zeros(size, np.int64),
+            acquit=np.zeros(size, np.uint64),
+            codes=np.zeros(N_RULES, np.uint8),
+        )
+
+    def cut(self, size: int) -> tuple[Rows, Out]:
+        """Give the first so many; good until the next call."""
+        rows: dict[str, Any] = {name: own[:size] for name, own in self.rows._asdict().items()}
+        out: dict[str, Any] = {name: own[:size] for name, own in self.out._asdict().items()}
+        return Rows(**rows), Out(**out | {"codes": self.out.codes})
 
 
 def move(old: Places, keep: NDArray[np.intp], capacity: int) -> Places:
