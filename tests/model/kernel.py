@@ -34,7 +34,7 @@ from tests.model.terms import (
     Ret,
     Spte,
 )
-from tests.model.truth import APIC_GFN, PFN_ERROR, PFN_NOSLOT
+from tests.model.truth import APIC_GFN, PFN_ERROR, PFN_NOSLOT, What
 
 
 class Vcpu:
@@ -210,17 +210,22 @@ class Vcpu:
         if spte:
             error |= PFERR_PRESENT | PFERR_RSVD * spte.mmio
         rsvd = bool(error & PFERR_RSVD)
-        trace = self.vm.trace
+        trace, truth = self.vm.trace, self.vm.truth
         if not (rsvd and self.kind.intel):
             trace.page_fault(self, addr, error)
+        ret, believed, announced = Ret.INVALID, False, None
         if rsvd:
+            if self._matches(addr):
+                announced = truth.to_misread(self, self.cache.gfn)
             self._sample(lambda vcpu: trace.fault_entry(vcpu, addr, error))
         else:
             trace.fault_entry(self, addr, error)
         self.vm.preempt()
-        ret, believed = Ret.INVALID, False
         if rsvd:
             ret, believed = self._handle_mmio_page_fault(addr, gfn, spte)
+        if announced and not believed:
+            # Memslots changed between the fault's entry and KVM's question.
+            truth.note(What.MISREAD, self, self.cache.gfn, announced, clean=False)
         if ret is Ret.INVALID:
             ret = self._do_page_fault(addr, gfn, spte, write, fate)
         if ret is not Ret.EMULATE:
@@ -228,20 +233,25 @@ class Vcpu:
             return None
         known = gfn << 12 | (gva & 0xFFF) if self.direct else None
         if believed:
-            self.vm.truth.announced(self, self.cache.gfn)
+            truth.announced(self, self.cache.gfn)
         result = self._emulate(gva, known, write, fate)
         trace.fault_exit(self, 0 if result is Result.USERSPACE else 1)
         self._finish(result, gva, write)
         return result
 
+    def _matches(self, addr: int) -> bool:
+        """mmio_info_in_cache()"""
+        cache = self.cache
+        if self.mmu_is_nested or cache.gen != self.generation:
+            return False
+        if self.direct:
+            return cache.gfn != 0 and cache.gfn == addr >> 12
+        return cache.gva != 0 and cache.gva == addr & ~0xFFF
+
     def _handle_mmio_page_fault(self, addr: int, gfn: int, spte: Spte | None) -> tuple[Ret, bool]:
         """What a reserved-bit fault means: M3, then the SPTE, then F2."""
-        cache = self.cache
-        if not self.mmu_is_nested and cache.gen == self.generation:
-            if self.direct and cache.gfn and cache.gfn == addr >> 12:
-                return Ret.EMULATE, True
-            if not self.direct and cache.gva and cache.gva == addr & ~0xFFF:
-                return Ret.EMULATE, True
+        if self._matches(addr):
+            return Ret.EMULATE, True
         if spte is None or not spte.mmio:
             return Ret.RETRY, False
         gen = self.vm.gens[self.as_id]

@@ -191,3 +191,34 @@ def test_equal_entry_written_while_memslots_change() -> None:
     assert rig.do(How.STRING, 0x300 << 12, False) is Result.USERSPACE
     assert rig.happened(What.HARMLESS) > 0
     rig.check()
+
+
+def test_memslots_change_between_a_fault_and_its_question() -> None:
+    """The cache would be believed at the fault's entry, and is no more when KVM asks."""
+    rig = Rig(K6_1_192, (0, ROOM), (1, ROOM))
+    rig.do(How.PLAIN, TSS << 12, False)  # a hole: an MMIO SPTE in L1's tables
+    rig.change(tss(0), tss(1))
+    rig.vcpu.enter_l2(nested=False)
+    rig.do(How.PLAIN, TSS << 12, False)
+    rig.vcpu.leave_l2()
+    rig.vm.begin(Change(0, None, Slot(5, 0x400, 2)))
+    rig.vm.race, rig.vm.race_steps = 3, 1  # after the program at the fault's entry
+    before = rig.happened(What.MISREAD)  # L2's
+    assert rig.do(How.PLAIN, TSS << 12, False) is Result.MEMORY
+    assert rig.happened(What.MISREAD) == before + 1
+    rig.vm.settle()
+    rig.check()
+
+
+def test_smm_filled_before_the_recording_began() -> None:
+    """While KVM made its slot, SMM took it for a hole: no recording of what is after can tell."""
+    rig = Rig(K6_12_107, (0, ROOM), (1, ROOM), probes=Probes(start=1 << 30))
+    rig.change(tss(0))
+    rig.vcpu.enter_smm()
+    assert rig.do(How.PLAIN, TSS << 12, False) is Result.USERSPACE
+    rig.change(tss(1))
+    rig.vcpu.leave_smm()
+    begin_after(rig, 0)
+    rig.vcpu.idle()
+    assert rig.happened(What.ARMED) > 0
+    rig.check()

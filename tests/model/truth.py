@@ -104,19 +104,24 @@ class Truth:
         if slot is None or vcpu.l2 or self._other_cause(vcpu, slot):
             return
         if cache.gen == vcpu.generation:
-            who = vcpu.vm.kvm, vcpu.id
-            self.note(What.ARMED, vcpu, cache.gfn, slot, clean=self._explained(who))
+            self.note(What.ARMED, vcpu, cache.gfn, slot, clean=self._explained(vcpu, slot))
         elif vcpu.smm and cache.gen == vcpu.vm.gens[0]:
             # Live on a kernel with the SMM fault and not on this one: no single look can tell.
             self.note(What.ARMED, vcpu, cache.gfn, slot, clean=False)
 
-    def _other_cause(self, vcpu: Vcpu, slot: Slot) -> bool:
+    def _came_later(self, vcpu: Vcpu, slot: Slot) -> bool:
         """A slot of KVM's own came after the fill: what follows isn't the internal-slot fault."""
         return slot.id in HIDDEN_SLOTS and not self.hidden_then.get((vcpu.vm.kvm, vcpu.id))
 
-    def _explained(self, who: tuple[int, int]) -> bool:
+    def _other_cause(self, vcpu: Vcpu, slot: Slot) -> bool:
+        """The entry isn't the internal-slot fault's, and a recording can tell: it saw the fill."""
+        return self._came_later(vcpu, slot) and (vcpu.vm.kvm, vcpu.id) in self.fill_seen
+
+    def _explained(self, vcpu: Vcpu, slot: Slot) -> bool:
         """Whether a recording can tell that SMM has no part in a vCPU's entry."""
-        return who not in self.smm_seen or who in self.fill_seen
+        who = vcpu.vm.kvm, vcpu.id
+        seen = who not in self.smm_seen or who in self.fill_seen
+        return seen and not self._came_later(vcpu, slot)
 
     def resolved(self, vcpu: Vcpu, gfn: int, slot: Slot | None, pfn: int) -> None:
         """A fault found `slot`, and was then given `pfn`."""
@@ -157,15 +162,20 @@ class Truth:
         announced, self._announced = self._announced, None
         if announced == (*who, gfn):
             return
-        slot = memory(vcpu, gfn)
-        if slot is not None and not self._other_cause(vcpu, slot):
-            self.note(What.MISREAD, vcpu, gfn, slot, clean=self._explained(who))
+        slot = self.to_misread(vcpu, gfn)
+        if slot is not None:
+            self.note(What.MISREAD, vcpu, gfn, slot, clean=self._explained(vcpu, slot))
         if not vcpu.smm and self.filled_in.get(who, 0) == 0:
             return
         stale = vcpu.cache.gen != vcpu.vm.gens[vcpu.as_id]
         if stale or self.filled_in.get(who) != vcpu.as_id:
-            what = What.MIXED_UP if slot else What.HARMLESS
-            self.note(what, vcpu, gfn, slot, clean=stale or who in self.fill_seen)
+            what = What.MIXED_UP if memory(vcpu, gfn) else What.HARMLESS
+            self.note(what, vcpu, gfn, memory(vcpu, gfn), clean=stale or who in self.fill_seen)
+
+    def to_misread(self, vcpu: Vcpu, gfn: int) -> Slot | None:
+        """Return the slot that would be misread if the cache were believed now."""
+        slot = memory(vcpu, gfn)
+        return None if slot is None or self._other_cause(vcpu, slot) else slot
 
     def emulated(self, vcpu: Vcpu, gfn: int, believed: bool, write: bool, answered: bool) -> None:
         """An operand became MMIO; `answered`: a device in the kernel had the data to read."""
