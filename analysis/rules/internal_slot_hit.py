@@ -45,6 +45,9 @@ RULE = Rule(
         "memslots must not have changed during the lookup (UNSTABLE)",
         "the slot must not be on its way out (SLOT_INVALID)",
         "an entry known to be filled in SMM is not L2's: it is left to the address-space fault",
+        "an entry made before the recording began is taken for L2's: SMM can have made it only on "
+        "a kernel with CVE-2026-99082, while KVM was making its slot, and VMMs have KVM make it "
+        "before a vCPU runs",
         "gfn 0 never counts",
         "the APIC access page (gfn 0xfee00) never counts: emulating it is intended",
         "a reserved-bit fault (site RSVD) and the match it leads to count once",
