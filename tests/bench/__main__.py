@@ -51,6 +51,7 @@ PARTS = {
     "analysis": Part(420),
     "compact": Part(120),
     "importers": Part(240),
+    "fleet": Part(240),
     "full": Part(3600, by_name=True),
 }
 
@@ -154,16 +155,17 @@ def main(names: list[str]) -> int:
     status = 0
     for name in names or [name for name, part in PARTS.items() if not part.by_name]:
         print(f"bench: {name}, at most {PARTS[name].limit:.0f} s", file=sys.stderr, flush=True)
-        parts = page.sections(PAGE.read_text(encoding="utf-8"))
+        failed: dict[str, str] = {}
+        measured: dict[str, str] = {}
         try:
-            parts[name] = _measure(name)
+            measured[name] = _measure(name)
+            print(measured[name], flush=True)
         except KvmprobeError as error:
             status = 1
+            failed[name] = f"## {name.capitalize()}\n\nNot measured: {error}."
             print(f"bench: {name}: not measured: {error}", file=sys.stderr, flush=True)
-            parts.setdefault(name, f"## {name.capitalize()}\n\nNot measured: {error}.")
-        else:
-            print(parts[name], flush=True)
-        _write(parts)
+        # Read only now: somebody else may have measured another part meanwhile.
+        _write(failed | page.sections(PAGE.read_text(encoding="utf-8")) | measured)
     print(f"bench: {PAGE.relative_to(ROOT)} is written", file=sys.stderr)
     return status
 
