@@ -159,8 +159,9 @@ static __always_inline int on_page_fault_tp(struct now *n, u64 vcpu, u64 addr, u
 
 /*
  * `ret`: what the faultin function returned, 0 (RET_PF_CONTINUE) where it goes on.  A fault that is to be
- * retried may have no pfn yet, and before v6.10 that reads as 0 (kvm_faultin_pfn() of v6.9 looks for a
- * running invalidation before it hides a slot from L2): no pfn was found.
+ * retried may have no pfn yet: since v6.8 kvm_faultin_pfn() looks for a running invalidation before the
+ * slot is hidden from L2 (d02c357e5bfa).  Before v6.10 such a pfn reads as 0, later as an error ("KVM:
+ * x86/mmu: Initialize kvm_page_fault's pfn and hva to error values"): no pfn was found.
  */
 static __always_inline u8 faultin_result(u64 pfn, s32 ret)
 {

@@ -78,7 +78,7 @@ class Fate:
     stale: bool = False  # the first fault is retried after its fill: mmu_lock was lost
     device: bool = False  # a device in the kernel answers
     poisoned: bool = False  # the memory behind the slot can't be accessed
-    invalidated: bool = False  # the first fault on memory is retried: its mapping changes (v6.9)
+    invalidated: bool = False  # the first fault on memory is retried: its mapping changes (v6.8)
 
 
 #: Nothing else happens.
