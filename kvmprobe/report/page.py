@@ -32,30 +32,44 @@ def render(found: Gathered) -> Iterator[str]:
     Everything that comes from the capture is escaped for a reader's eyes (nothing invisible) and
     then for HTML.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
+    script = (_HERE / "report.js").read_text(encoding="utf-8")
+    style = (_HERE / "report.css").read_text(encoding="utf-8")
+    groups = rule_groups(found)
+    return (
+        templates(_HERE)
+        .get_template("page.html.j2")
+        .generate(
+            version=__version__,
+            script=Markup(script),  # noqa: S704 - our own files
+            style=Markup(style),  # noqa: S704
+            script_hash=digest(script),
+            style_hash=digest(style),
+            data=Markup(embedded(drawing(found, groups))),  # noqa: S704
+            verdict=verdicts(found),
+            groups=groups,
+            maps=vm_maps(found),
+            facts=facts(found),
+            plan=plan(found),
+        )
+    )
+
+
+def templates(folder: Path) -> Environment:
+    """Return the templates of a folder; what they show is escaped for HTML and for a reader."""
+    return Environment(
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    script = (_HERE / "report.js").read_text(encoding="utf-8")
-    style = (_HERE / "report.css").read_text(encoding="utf-8")
-    groups = rule_groups(found)
-    return environment.get_template("page.html.j2").generate(
-        version=__version__,
-        script=Markup(script),  # noqa: S704 - our own files
-        style=Markup(style),  # noqa: S704
-        script_hash=_hash(script),
-        style_hash=_hash(style),
-        data=Markup(embedded(drawing(found, groups))),  # noqa: S704
-        verdict=verdicts(found),
-        groups=groups,
-        maps=vm_maps(found),
-        facts=facts(found),
-        plan=plan(found),
-    )
+
+
+def digest(text: str) -> str:
+    """Name a script or a style as a page's policy does, which allows no other."""
+    value = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+    return f"'sha256-{value}'"
 
 
 def embedded(data: Any) -> str:  # noqa: ANN401 - whatever JSON takes
@@ -65,8 +79,3 @@ def embedded(data: Any) -> str:  # noqa: ANN401 - whatever JSON takes
 
 def _visible(value: Any) -> Any:  # noqa: ANN401 - whatever a template shows
     return value if isinstance(value, Markup) or not isinstance(value, str) else printable(value)
-
-
-def _hash(text: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
-    return f"'sha256-{digest}'"
