@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from kvmprobe.analysis.text import duration, slot_name
+from kvmprobe.analysis.text import duration, slot_name, vm_name
 from kvmprobe.analysis.vms import printable
+from kvmprobe.analysis.words import VERDICTS
 
 if TYPE_CHECKING:
     from kvmprobe.analysis.run import Analysis
 
-#: Findings shown.
+#: Rows shown.
 _SHOWN = 100
 
 
@@ -29,7 +30,7 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -
 
 
 def analysis_html(analysis: Analysis) -> str:
-    """Return the verdicts and the findings."""
+    """Return the verdicts, VM by VM where they differ, and the findings."""
     verdicts = table(
         f"Verdict: {analysis.verdict}",
         ("fault", "verdict", "because", "missing"),
@@ -38,6 +39,27 @@ def analysis_html(analysis: Analysis) -> str:
             for fault, v in analysis.verdicts.items()
         ],
     )
+    reports = [
+        (capture, report) for capture in analysis.captures for report in capture.vms.values()
+    ]
+    reports.sort(key=lambda each: VERDICTS.index(each[1].verdict))
+    if len({report.verdict for _, report in reports}) > 1:
+        more = f"; the first {_SHOWN} are shown" if len(reports) > _SHOWN else ""
+        verdicts += table(
+            f"{len(reports):,} VMs{more}",
+            ("capture", "VM", "verdict", "missing"),
+            [
+                (
+                    capture.path,
+                    vm_name(report.vm),
+                    report.verdict,
+                    "; ".join(
+                        dict.fromkeys(m for v in report.verdicts.values() for m in v.missing)
+                    ),
+                )
+                for capture, report in reports[:_SHOWN]
+            ],
+        )
     findings = analysis.findings
     if not findings:
         return verdicts

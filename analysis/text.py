@@ -123,13 +123,13 @@ def _put_vms(page: _Page, analysis: Analysis) -> None:
         page.put(f"VMs{name}:")
         for verdict in sorted(verdicts, key=VERDICTS.index):
             own = [r.vm for r in capture.vms.values() if r.verdict == verdict]
-            listed = ", ".join(_vm_name(vm) for vm in own[:_LISTED])
+            listed = ", ".join(vm_name(vm) for vm in own[:_LISTED])
             more = f" and {len(own) - _LISTED:,} more" if len(own) > _LISTED else ""
             page.put(f"{verdict}: {listed}{more}", indent=2, hang=4)
 
 
-def _vm_name(vm: Vm) -> str:
-    """Name a VM by its number, and by its name and process where they are known."""
+def vm_name(vm: Vm) -> str:
+    """A VM's number, and its name and process where they are known; printable."""
     process = ", ".join(
         part for part in (vm.name, None if vm.pid is None else f"pid {vm.pid}") if part
     )
@@ -145,7 +145,7 @@ def _put_finding(
     page.put(f"{finding.rule.severity} {finding.rule.id}: {finding.rule.title}", indent=2, hang=4)
     if name_capture:
         page.put(capture.path, head="in      ", indent=4, hang=12)
-    where = _vm_name(vm)
+    where = vm_name(vm)
     if finding.has_gpa:
         where = f"gpa 0x{finding.gpa:x} ({slot_name(finding.slot)}{presumed}), {where}"
     if finding.vcpu != NO_VCPU:

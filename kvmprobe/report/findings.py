@@ -9,7 +9,7 @@ from kvmprobe.analysis.findings import Finding, level_of
 from kvmprobe.analysis.integrity import name_of
 from kvmprobe.analysis.rules.model import SEVERITIES, Rule
 from kvmprobe.analysis.run import CaptureAnalysis
-from kvmprobe.analysis.text import duration, slot_name
+from kvmprobe.analysis.text import duration, slot_name, vm_name
 from kvmprobe.probes.schema import NO_VCPU, Flag, Site, Type
 from kvmprobe.report.gather import Gathered
 from kvmprobe.report.story import sentence
@@ -92,8 +92,7 @@ def rule_groups(found: Gathered) -> list[RuleGroup]:
 
 def _card(capture: CaptureAnalysis, finding: Finding, anchor: str, limit: int) -> Card:
     vm = capture.names.get(finding.vm)
-    process = ", ".join(p for p in (vm.name, vm.pid is not None and f"pid {vm.pid}") if p)
-    place = f"VM {vm.id}{f' ({process})' if process else ''}"
+    place = vm_name(vm)
     if finding.vcpu != NO_VCPU:
         thread = capture.names.thread(finding.vm, finding.vcpu)
         in_thread = "" if thread in (None, vm.pid) else f" (thread {thread})"

@@ -19,7 +19,7 @@ from kvmprobe.report.drawing import drawing
 from kvmprobe.report.findings import rule_groups
 from kvmprobe.report.gather import Gathered
 from kvmprobe.report.maps import vm_maps
-from kvmprobe.report.summary import facts, plan, verdicts
+from kvmprobe.report.summary import facts, plan, verdicts, vms
 
 _HERE = Path(__file__).parent
 #: Unescaped in a script element these could end it, or mean something to an old browser.
@@ -46,6 +46,7 @@ def render(found: Gathered) -> Iterator[str]:
             style_hash=digest(style),
             data=Markup(embedded(drawing(found, groups))),  # noqa: S704
             verdict=verdicts(found),
+            vms=vms(found),
             groups=groups,
             maps=vm_maps(found),
             facts=facts(found),

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from kvmprobe.analysis.integrity import name_of
-from kvmprobe.analysis.text import duration
+from kvmprobe.analysis.text import duration, vm_name
 from kvmprobe.analysis.verdict import Verdict
 from kvmprobe.analysis.words import FIXED, INCONCLUSIVE, NOT_EXERCISED, VERDICTS, VULNERABLE
 from kvmprobe.probes.schema import LossCause, Type
@@ -29,6 +30,7 @@ TELLING = (
     "kvm.force_emulation_prefix",
 )
 _MAX_LOSSES = 100
+_MAX_VMS = 200
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,19 @@ class Summary:
     seconds: str
     events: int
     lost: int
+
+
+@dataclass(frozen=True)
+class VmRow:
+    """A VM's verdict; `faults` are those whose verdict it is, `missing` is why more isn't known."""
+
+    vm: str
+    gone: bool
+    verdict: str
+    faults: str
+    findings: int
+    lost: int
+    missing: str
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,32 @@ def verdicts(found: Gathered) -> Summary:
         events=capture.integrity.total,
         lost=capture.integrity.lost_total,
     )
+
+
+def vms(found: Gathered) -> tuple[list[VmRow], list[tuple[str, int]]]:
+    """Return the VMs, the worst first, and how many of each verdict found no place."""
+    capture = found.capture
+    findings = Counter(finding.vm for finding in capture.findings)
+    reports = sorted(
+        capture.vms.values(), key=lambda r: (VERDICTS.index(r.verdict), -findings[r.vm.id], r.vm.id)
+    )
+    rows = []
+    for report in reports[:_MAX_VMS]:
+        deciding = {f: v for f, v in report.verdicts.items() if v.verdict == report.verdict}
+        missing = dict.fromkeys(line for v in deciding.values() for line in v.missing)
+        rows.append(
+            VmRow(
+                vm=vm_name(report.vm),
+                gone=report.gone,
+                verdict=report.verdict,
+                faults=", ".join(deciding) if len(deciding) < len(report.verdicts) else "all",
+                findings=findings[report.vm.id],
+                lost=sum(report.coverage.lost.values()),
+                missing="; ".join(missing),
+            )
+        )
+    left = Counter(report.verdict for report in reports[_MAX_VMS:])
+    return rows, sorted(left.items(), key=lambda item: VERDICTS.index(item[0]))
 
 
 def facts(found: Gathered) -> Facts:

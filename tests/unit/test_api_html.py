@@ -52,3 +52,16 @@ def test_findings_stay_findings(capture: kvmprobe.Capture) -> None:
 def test_an_unknown_filter(capture: kvmprobe.Capture) -> None:
     with pytest.raises(TypeError, match="no filter 'cpu'; there are vm, vcpu, since, until"):
         capture.findings(cpu=1)  # type: ignore[call-arg]
+
+
+def test_vms_are_told_apart_where_they_differ(capture: kvmprobe.Capture, tmp_path: Path) -> None:
+    assert "VMs</caption>" not in capture.analysis()._repr_html_()
+    path = tmp_path / "two.kvmprobe"
+    with CaptureWriter(path, fmt.new_header("live")) as writer:
+        lost = ev(Type.LOSS, UNKNOWN, slot=-1, vm=2, vcpu=NO_VCPU, addr=3, kind=Type.FILL)
+        writer.write(stream([noslot(L2), ev(Type.MATCH, L1), ev(Type.MMIO, vm=2, slot=-1), lost]))
+    shown = kvmprobe.open(path).analysis()._repr_html_()
+    assert "<caption>2 VMs</caption>" in shown
+    first, second = shown.partition("<td>VM 1</td>")[2].partition("<td>VM 2</td>")[::2]
+    assert first.startswith("<td>vulnerable</td>")
+    assert second.startswith("<td>inconclusive</td>")

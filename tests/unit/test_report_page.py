@@ -89,6 +89,14 @@ def test_it_says_what_was_found(fault: Page) -> None:
     assert rules == ["internal-slot-hit", "internal-slot-fill", "internal-slot-armed"]
 
 
+def test_it_says_which_vm_is_which(tmp_path: Path) -> None:
+    rows = stream([noslot(L2), ev(Type.MATCH, L1), ev(Type.MMIO, L1, vm=2, slot=-1)])
+    text = " ".join(page_of(write(tmp_path / "c.kvmprobe", rows)).text).split()
+    first, second = " ".join(text).partition("Lost Missing")[2].partition("VM 2")[::2]
+    assert first.split()[:5] == ["VM", "1", "vulnerable", "internal-slot", "2"]
+    assert second.split()[:4] == ["inconclusive", "all", "0", "0"]
+
+
 def test_evidence_stands_in_order(fault: Page) -> None:
     text = " ".join(fault.text)
     told = (
