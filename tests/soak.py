@@ -81,7 +81,7 @@ def soak(directory: Path, seconds: float, warm_up: float) -> Soaked:
                     # Some are killed before their VM is there, some while they are read.
                     guests.append((guest, now + random.uniform(0.1, 3.0)))
                 if now - begin >= warm_up:
-                    result.memory.append(_memory(pid))
+                    result.memory.append(memory(pid))
                     result.descriptors.append(len([*Path(f"/proc/{pid}/fd").iterdir()]))
                 time.sleep(min(1.0, seconds / 8))
         finally:
@@ -98,7 +98,8 @@ def soak(directory: Path, seconds: float, warm_up: float) -> Soaked:
     return result
 
 
-def _memory(pid: int) -> int:
+def memory(pid: int) -> int:
+    """Anonymous memory of a process, kB."""
     text = Path(f"/proc/{pid}/status").read_text()
     return int(text.partition("RssAnon:")[2].split()[0])
 

@@ -96,11 +96,14 @@ class Evidence:
             return None
         for other in free[: max(0, surplus)]:
             other.unlink()
+        # A watch that is killed leaves no half of one: what it was writing is written over.
+        made = self._directory / ".being-written.tmp"
         try:
-            with CaptureWriter(path, header, force=True) as writer:
+            with CaptureWriter(made, header, force=True) as writer:
                 writer.write(rows)
-        except CaptureError:
+            made.replace(path)
+        except (CaptureError, OSError):
             with contextlib.suppress(OSError):
-                path.unlink()
+                made.unlink()
             raise
         return path
