@@ -55,6 +55,33 @@ def analyze(
 
 
 @fleet.command()
+def report(
+    result: Annotated[
+        Path, typer.Argument(metavar="RESULT", help="A folder that `fleet analyze` made.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The page.  [default: the result's name with .html]"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
+) -> None:
+    """Make one self-contained HTML page of a fleet's result.
+
+    The page has the hosts by verdict, since when there are findings, on which kernels and
+    configurations, and each such host's findings. It loads nothing from anywhere.
+    """
+    from kvmprobe.fleet.page import render
+    from kvmprobe.store.files import create_output
+
+    path = output or Path(f"{result.absolute().name}.html")
+    parts = render(result)
+    with create_output(path, force=force) as file:
+        for part in parts:
+            file.write(part.encode("utf-8", "replace"))
+    print(path, file=sys.stderr)
+
+
+@fleet.command()
 def simulate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
     hosts: Annotated[int, typer.Option(min=1, help="Hosts.")] = 100,

@@ -62,7 +62,7 @@ def analyze_host(host: Host) -> dict[str, Any]:
     problems = [f"{s.file.url}: {s.facts.problem}" for s in host.files if s.facts.problem]
     refused = len(problems)
     notes: list[str] = []
-    captures: list[tuple[Facts, CaptureAnalysis]] = []
+    captures: list[tuple[list[_Part], CaptureAnalysis]] = []
     times: list[int] = []
     for parts in _recordings(host.files, problems, notes):
         facts = parts[0].each.facts
@@ -70,7 +70,7 @@ def analyze_host(host: Host) -> dict[str, Any]:
             with ExitStack() as opened:
                 files = [part.each.file for part in parts]
                 stream = opened.enter_context(Stream(files, facts.recording))
-                captures.append((facts, analyze([stream]).captures[0]))
+                captures.append((parts, analyze([stream]).captures[0]))
                 problems += stream.problems
         except CaptureError as error:
             problems.append(str(error))
@@ -81,19 +81,20 @@ def analyze_host(host: Host) -> dict[str, Any]:
     analysis = Analysis(tuple(capture for _, capture in captures))
     verdicts = _verdicts(analysis, refused)
     findings = [
-        _finding(facts, capture, finding)
-        for facts, capture in captures
+        _finding(parts, capture, finding)
+        for parts, capture in captures
         for finding in capture.findings
     ]
+    seen = [parts[0].each.facts for parts, _ in captures]
     return result | {
         "done": True,
         "notes": notes,
         "problems": problems,
         "verdict": worst(v["verdict"] for v in verdicts),
         "verdicts": verdicts,
-        "kernels": _distinct(facts.kernel for facts, _ in captures),
-        "configurations": _distinct(facts.configuration for facts, _ in captures),
-        "schemas": _distinct(facts.schema for facts, _ in captures),
+        "kernels": _distinct(facts.kernel for facts in seen),
+        "configurations": _distinct(facts.configuration for facts in seen),
+        "schemas": _distinct(facts.schema for facts in seen),
         "recordings": len(captures),
         "events": analysis.events,
         "lost": analysis.lost,
@@ -101,7 +102,11 @@ def analyze_host(host: Host) -> dict[str, Any]:
         "first_ns": min(times, default=None),
         "last_ns": max(times, default=None),
         "findings": findings,
-        "losses": [loss for facts, capture in captures for loss in _losses(facts, capture)],
+        "losses": [
+            loss
+            for facts, (_, capture) in zip(seen, captures, strict=True)
+            for loss in _losses(facts, capture)
+        ],
         "seconds": time.process_time() - began,
     }
 
@@ -184,8 +189,9 @@ def _verdicts(analysis: Analysis, refused: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _finding(facts: Facts, capture: CaptureAnalysis, finding: Finding) -> dict[str, Any]:
-    vm = capture.names.get(finding.vm)
+def _finding(parts: list[_Part], capture: CaptureAnalysis, finding: Finding) -> dict[str, Any]:
+    vm, facts = capture.names.get(finding.vm), parts[0].each.facts
+    before = [part for part in parts if part.span[0] <= finding.first_ts]
     return {
         "rule": finding.rule.id,
         "fault": finding.rule.fault,
@@ -193,7 +199,7 @@ def _finding(facts: Facts, capture: CaptureAnalysis, finding: Finding) -> dict[s
         "convicts": finding.rule.convicts,
         "kernel": facts.kernel,
         "configuration": facts.configuration,
-        "file": capture.path,
+        "file": (before or parts)[-1].each.file.url,
         "vm": finding.vm,
         "vm_name": vm.name,
         "pid": vm.pid,

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from tests import fleet_processes as processes
 from tests.fleet_truth import differences
