@@ -8,11 +8,12 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from kvmprobe import __version__
 from kvmprobe.stat.histogram import Times
 from kvmprobe.stat.model import Counted, Table
 from kvmprobe.stat.tables import Row, Rows, figure, level_name
 
-FORMAT = "kvmprobe.stat/1"
+SCHEMA = "kvmprobe.stat/1"
 _FIGURES = ("min", "mean", "p50", "p99", "max")
 #: What goes first where there is no room.
 _LESS = ("min", "p50", "max", "mean", "rate/s")
@@ -122,9 +123,13 @@ def short_time(ns: float) -> str:
 
 
 def document(counted: Counted, made: Sequence[Rows], by: Sequence[str]) -> dict[str, Any]:
-    """The same for programs: all rows, times in ns, None where something is not known."""
+    """The same for programs: all rows, times in ns, None where something is not known.
+
+    schema/stat-1.json describes it.
+    """
     return {
-        "format": FORMAT,
+        "schema": SCHEMA,
+        "tool": {"name": "kvmprobe", "version": __version__},
         "seconds": counted.seconds,
         "by": list(by),
         "vms": [

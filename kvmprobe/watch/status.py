@@ -3,6 +3,7 @@
 
 It is one JSON object, /run/kvmprobe/status.json, written anew once a second and renamed into its
 place, so that a reader always sees a whole one.  Names of VMs in it are printable.
+schema/status-1.json describes it.
 """
 
 from __future__ import annotations

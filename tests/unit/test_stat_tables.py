@@ -9,7 +9,9 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -18,9 +20,11 @@ from kvmprobe.stat.histogram import BUCKETS, Times
 from kvmprobe.stat.model import REASON_UNKNOWN, Counted, Key, Result, Table, VmInfo
 from kvmprobe.stat.reasons import ReasonNames
 from kvmprobe.stat.render import csv_text, document, interval_head, interval_line, short_time, text
-from kvmprobe.stat.tables import tables
+from kvmprobe.stat.tables import shapes, tables
 
-GOLDEN = Path(__file__).parents[1] / "data/golden/lab-6.1-amd-all.kvmprobe"
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests/data/golden/lab-6.1-amd-all.kvmprobe"
+SCHEMA: dict[str, Any] = json.loads((ROOT / "kvmprobe/stat/schema/stat-1.json").read_bytes())
 
 #: Call `kvmprobe stat` in this process: status, stdout, stderr.
 Run = Callable[..., tuple[int, str, str]]
@@ -116,7 +120,7 @@ def test_json_and_csv_say_the_same(counted: Counted) -> None:
     told = json.loads(json.dumps(document(counted, made, ("vm", "vcpu", "level"))))
     rows = list(csv.DictReader(io.StringIO(csv_text(counted, made))))
     objects = [(t["name"], row) for t in told["tables"] for row in t["rows"]]
-    assert told["format"] == "kvmprobe.stat/1"
+    jsonschema.validate(told, SCHEMA)
     assert len(rows) == len(objects) == 8
     for row, (table, found) in zip(rows, objects, strict=True):
         assert row["table"] == table
@@ -130,6 +134,18 @@ def test_json_and_csv_say_the_same(counted: Counted) -> None:
     hlt = next(row for table, row in objects if row.get("reason") == "hlt")
     assert hlt["time_ns"]["mean"] == 2_000_000
     assert next(r for r in rows if r["table"] == "mmio" and r["vm"] == "1")["vm_name"] == "web"
+
+
+def test_the_schema_has_every_column_and_takes_no_less(counted: Counted) -> None:
+    tables_of = SCHEMA["properties"]["tables"]["items"]["properties"]
+    rows = tables_of["rows"]["items"]["properties"]
+    for shape in shapes(NAMES).values():
+        assert shape.name in tables_of["name"]["enum"]
+        assert {title.replace(" ", "_") for title, _ in shape.columns} <= set(rows)
+    told = document(counted, tables(counted, BY, "name", NAMES), BY)
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    for key in told:
+        assert not validator.is_valid({k: v for k, v in told.items() if k != key})
 
 
 def test_interval_lines_are_differences(counted: Counted) -> None:

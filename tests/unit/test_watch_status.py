@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -146,3 +147,21 @@ def test_a_damaged_status_is_refused_in_one_line(
     with pytest.raises(StatusError) as refused:
         read(directory)
     assert "\n" not in str(refused.value)
+
+
+def test_it_is_as_its_schema_says(tmp_path: Path) -> None:
+    folder = Path(statuses.__file__).parent / "schema"
+    schema = json.loads((folder / "status-1.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    write(example(), tmp_path)
+    told = json.loads((tmp_path / statuses.FILE_NAME).read_bytes())
+    jsonschema.validate(told, schema)
+    properties = schema["properties"]
+    for made, described in (
+        (Status, schema),
+        (WatchedVm, properties["vms"]["items"]),
+        (Latched, properties["findings"]["items"]),
+        (FaultVerdict, properties["verdicts"]["additionalProperties"]),
+    ):
+        names = [field.name for field in dataclasses.fields(made)]
+        assert names == list(described["properties"]) == described["required"]
