@@ -307,9 +307,9 @@ def documents() -> str:
     lines = [*HEAD, "# JSON documents", ""]
     lines += [
         "Each command with `--json` prints one document, and a running watch writes one: its "
-        "status. A JSON Schema (2020-12) in the program's own folders describes each. Additions keep "
-        "the number behind the name; a removal or a new meaning makes the next one. Readers must "
-        "accept properties that they don't know.",
+        "status. A JSON Schema (2020-12) in the program's own folders describes each. Additions "
+        "keep the number behind the name; a removal or a new meaning makes the next one. Readers "
+        "must accept properties that they don't know.",
         "",
         "`[]` behind a name: each element of a list. `*`: each key of an object. `?`: may be "
         "missing.",
