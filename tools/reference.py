@@ -74,6 +74,9 @@ EXAMPLES = {
             "From an object store, on a cluster.",
         ),
     ),
+    "fleet report": (
+        ("kvmprobe fleet report result -o fleet.html", "One page of all hosts, to send."),
+    ),
     "fleet simulate": (
         (
             "kvmprobe fleet simulate try --hosts 1000 --events 100000000",

@@ -42,7 +42,7 @@ def hosts_of(surveyed: Iterable[Surveyed]) -> list[Host]:
 
 
 def _of_machine(machine: str, files: list[Surveyed], machines_in: dict[str, list[str]]) -> Host:
-    folders = list(dict.fromkeys(each.file.host for each in files))
+    folders = sorted({each.file.host for each in files})
     name, notes = folders[0], []
     if len(folders) > 1:
         notes.append(f"one machine has files under {len(folders)} names: {_listed(folders)}")
