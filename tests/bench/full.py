@@ -42,7 +42,7 @@ def run(events: int = EVENTS) -> Result:
         f"As above, {events:,} events: a recording of {sizes[0] / 1e9:.1f} GB, which is more than "
         f"the page cache holds, and the same as Parquet, {sizes[1] / 1e9:.1f} GB.",
         COLUMNS,
-        [row(f"{events:.0e}", way, events, costs) for way, costs in taken.items()],
-        f"all rules over {events:.0e} events of Parquet in {best.seconds:.1f} s and "
+        [row(f"10^{len(str(events)) - 1}", way, events, costs) for way, costs in taken.items()],
+        f"all rules over {events:,} events of Parquet in {best.seconds:.1f} s and "
         f"{best.memory / 1e6:.0f} MB (wanted: 40 s, 1000 MB); {limits}",
     )
