@@ -13,7 +13,7 @@ from kvmprobe import __version__
 from kvmprobe.errors import KvmprobeError
 
 #: Seconds until a scheduler has to answer.
-_ANSWER = 10
+_ANSWER = 5
 #: Tasks that wait at the scheduler for each worker thread: enough to keep all busy.
 _AHEAD = 3
 
