@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python tests/lab`: boot one of Debian's kernels and run a command in it."""
+"""`python tests/lab`: boot Debian's kernels and run a command or the scenarios in them."""
 
 import argparse
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.lab.base import CHECKOUT, LabError, MissingError, prune_cache, say
 from tests.lab.helper import get_helper
+from tests.lab.here import run_here
 from tests.lab.kernels import RELEASES, get_kernel, parse_spec
 from tests.lab.matrix import (
     BACKENDS,
@@ -23,7 +24,7 @@ from tests.lab.matrix import (
     select_scenarios,
 )
 from tests.lab.rootfs import get_root
-from tests.lab.scenarios import UNCLASSIFIED
+from tests.lab.scenarios import FIXED, UNCLASSIFIED, VULNERABLE
 from tests.lab.vm import Job, run_job, show_tail
 
 
@@ -87,7 +88,31 @@ def _parser() -> argparse.ArgumentParser:
     matrix.add_argument("--code", type=Path, default=CHECKOUT, help="checkout to run")
     matrix.add_argument("--jobs", type=int, default=1, help="boots at a time (default 1)")
     matrix.add_argument("--results", type=Path, help="folder for captures, output and consoles")
+    here = commands.add_parser(
+        "here",
+        help="run the scenarios on this machine's own KVM",
+        description="Records the scenarios of nested guests on this machine's own KVM, as root and "
+        "without an emulator, and prints the matrix's table for it. No other VM may run. On Intel "
+        "load kvm_intel with nested=1 unrestricted_guest=0; on AMD there are internal slots only "
+        "with the lab's module.",
+    )
+    here.set_defaults(function=_here)
+    here.add_argument("--scenario", action="append", default=[], help="default: all")
+    here.add_argument(
+        "--expect", choices=(VULNERABLE, FIXED), help="what this kernel is; else nothing is judged"
+    )
+    here.add_argument("--results", type=Path, help="folder for the capture and what guests said")
     return parser
+
+
+def _here(arguments: argparse.Namespace) -> int:
+    results = arguments.results or Path(tempfile.mkdtemp(prefix="kvmprobe-lab-"))
+    cells = run_here(
+        select_scenarios(arguments.scenario), arguments.expect or UNCLASSIFIED, results
+    )
+    print(render(cells))
+    say(f"results in {results}")
+    return 0 if all(cell.right or cell.expected == UNCLASSIFIED for cell in cells) else 1
 
 
 def _matrix(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from kvmprobe.probes.schema import Flag
 from kvmprobe.store.reader import CaptureReader
 from tests.lab.base import LabError, run_program
-from tests.lab.scenarios import FAULT
+from tests.lab.scenarios import FAULT, NOT_EXERCISED, Scenario
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Result:
     recorder held at the end.
     """
 
+    recording: str
     document: dict[str, Any]
     pids: dict[str, int]
     unstable: int
@@ -36,6 +37,29 @@ class Result:
         """Return the findings in one VM."""
         pid = self.pids[vm]
         return [each for each in self.document["findings"] if each["vm"]["pid"] == pid]
+
+    def compare(
+        self, scenarios: Sequence[Scenario], vendor: str, classified: str, *, caching: bool = True
+    ) -> Iterator[tuple[str, str, str]]:
+        """Yield (name, expected, found) of each VM of these scenarios and of the whole recording.
+
+        classified: what is known of the kernel.  caching: False with kvm.mmio_caching=0.
+        """
+        for scenario in scenarios:
+            for vm in scenario.vms:
+                expected, found = scenario.check(
+                    self.findings(vm), vm, vendor, classified, caching=caching
+                )
+                if scenario.watched:
+                    expected += ", events in the flight recorder"
+                    found += ", events in the flight recorder" if self.flight else ""
+                if scenario.toggled:
+                    expected += ", lookups unstable"
+                    found += ", lookups unstable" if self.unstable else ""
+                yield vm, expected, found
+        said = {scenario.verdict(classified) for scenario in scenarios} - {NOT_EXERCISED}
+        expected = f"verdict {next(iter(said), NOT_EXERCISED)}"
+        yield f"({self.recording})", expected, f"verdict {self.verdict}"
 
 
 def read_result(folder: Path, recording: str, vms: Sequence[str], code: Path) -> Result:
@@ -67,7 +91,7 @@ def read_result(folder: Path, recording: str, vms: Sequence[str], code: Path) ->
     if others:
         raise LabError(f"findings in no VM of the scenarios: {', '.join(others)}")
     flight = sum(map(int, re.findall(r"^flight (\d+)\r?$", output, re.M)))
-    return Result(outside, pids, count_unstable(capture), flight)
+    return Result(recording, outside, pids, count_unstable(capture), flight)
 
 
 def count_unstable(capture: Path) -> int:

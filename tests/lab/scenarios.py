@@ -67,7 +67,7 @@ class Scenario:
     def script(self, vendor: str) -> str:
         """Return lines of shell that run the VMs to their end; AMD's internal slot is the module's.
 
-        One that fails prints "failed NAME".
+        One that fails prints "failed NAME".  The folder of nested/ is $LAB, else /lab.
         """
         lines = [self._command(vendor, self.name, self.steps)]
         if self.beside:
@@ -79,11 +79,11 @@ class Scenario:
         if self.toggled:
             load = f"echo vm {name} $$; exec python3 -m kvmprobe.guests.load {self.steps}"
             return f"{{ sh -c {shlex.quote(load)} || echo failed {name}; }}"
-        words = ["python3", "/lab/nested/nested.py", "--name", name, "--target", hex(self.target)]
+        words = ["--name", name, "--target", hex(self.target)]
         words += self.options.split()
         if vendor == "amd" and self.internal and "slot" not in steps.split():
             words.append("--slot")
-        command = shlex.join([*words, *steps.split()])
+        command = 'python3 "${LAB:-/lab}"/nested/nested.py ' + shlex.join([*words, *steps.split()])
         return command if "kill" in steps else f"{{ {command} || echo failed {name}; }}"
 
     def check(
