@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """VMs that live for a moment: how does a watch stand thousands of them?
 
-python -m tests.churn VMS JOBS [one-process]   make them; prints how many entered the guest
+python -m tests.churn HOW VMS JOBS   make them; prints how many entered the guest
+
+HOW is a key of `WAYS`.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
 from kvmprobe.guests.vmm import PAGE, Machine, Mmio
@@ -52,12 +54,21 @@ def in_one_process(vms: int) -> None:
         live_once()
 
 
+def at_once(vms: int) -> None:
+    """So many VMs in this process, 16 at a time."""
+    with ThreadPoolExecutor(16) as pool:
+        for done in [pool.submit(live_once) for _ in range(vms)]:
+            done.result()
+
+
+WAYS = {"processes": in_a_process_each, "one-process": in_one_process, "at-once": at_once}
+
+
 def main() -> None:
     """Make VMs."""
-    vms, jobs = int(sys.argv[1]), int(sys.argv[2])
-    make = in_one_process if "one-process" in sys.argv else in_a_process_each
+    way, vms, jobs = WAYS[sys.argv[1]], int(sys.argv[2]), int(sys.argv[3])
     with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
-        for done in [pool.submit(make, vms // jobs) for _ in range(jobs)]:
+        for done in [pool.submit(way, vms // jobs) for _ in range(jobs)]:
             done.result()
     print(vms // jobs * jobs)
 
