@@ -8,7 +8,6 @@
 struct now {
 	u64 vcpu; /* struct kvm_vcpu */
 	struct vcpu_state *st; /* 0: nothing to tell */
-	struct thread_state *thread;
 	u32 failed; /* not 0: memory could not be read */
 	struct memslots slots; /* of the vCPU's address space */
 	u64 gen0;              /* generation of address space 0 */
@@ -22,10 +21,19 @@ struct now {
  */
 static __always_inline u32 make_flags(u64 vcpu, u64 guest_mode, u32 *failed)
 {
-	u64 mmu = read_u64(vcpu + OFF_VCPU_MMU, failed);
-	u32 role = read_u32(mmu + OFF_MMU_ROOT_ROLE, failed);
-	u32 flags = KVMPROBE_F_AS_KNOWN;
+	/* from vcpu->arch.mmu to the role of arch.root_mmu behind it, in one read: it mostly points there */
+	struct {
+		u64 mmu;
+		u32 words[(OFF_VCPU_ROOT_ROLE - OFF_VCPU_MMU - 8) / 4 + 1];
+	} m;
+	u32 flags = KVMPROBE_F_AS_KNOWN, role;
+	u64 mmu;
 
+	note(failed, bpf_probe_read_kernel(&m, sizeof(m), (void *)(vcpu + OFF_VCPU_MMU)));
+	mmu = m.mmu;
+	role = m.words[(OFF_VCPU_ROOT_ROLE - OFF_VCPU_MMU - 8) / 4];
+	if (mmu != vcpu + OFF_VCPU_ROOT_ROLE - OFF_MMU_ROOT_ROLE)
+		role = read_u32(mmu + OFF_MMU_ROOT_ROLE, failed);
 	if (role & (1 << 7))
 		flags |= KVMPROBE_F_DIRECT;
 	if (ADDRESS_SPACES > 1) {

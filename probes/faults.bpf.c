@@ -3,8 +3,8 @@
  * FAULT and FAULTIN, and the fill made by the no-slot function: what kvm_mmu_page_fault() was asked,
  * which memslot it found, and how it ended.
  *
- * Every function is probed at entry and exit.  The thread remembers an open entry; one that is still
- * open at the next entry, or when the thread enters the guest, counts an exit that was missed
+ * Every function is probed at entry and exit.  The vCPU's state remembers an open entry; one that
+ * is still open at the next entry, or when the vCPU enters the guest, counts an exit that was missed
  * (kretprobes exhausted, or a program skipped because another BPF program ran on that CPU).
  */
 
@@ -56,22 +56,22 @@ static __always_inline u32 test_rsvd(struct now *n, u64 addr)
 static __always_inline int on_fault_entry(struct now *n, u64 vcpu, u64 addr, u64 error)
 {
 	int answer = arrive(n, vcpu, KVMPROBE_AT_PAGE_FAULT, 0);
-	struct thread_state *thread;
+	struct open_calls *open;
 
 	if (answer)
 		return answer;
-	thread = n->thread;
-	if (thread->fault_ts)
+	open = &n->st->open;
+	if (open->fault_ts)
 		count_of(n->st->vm, KVMPROBE_LOST_EXIT, KVMPROBE_FAULT);
 	if (error & PFERR_RSVD) /* the cache may be believed now */
 		sample_cache(n, KVMPROBE_AT_RSVD);
-	thread->fault_flags = n->st->flags;
+	open->fault_flags = n->st->flags;
 	n->st->matched = 0;
 	if (error & PFERR_RSVD)
-		thread->fault_flags |= test_rsvd(n, addr);
-	thread->fault_addr = addr;
-	thread->fault_error = error;
-	thread->fault_ts = bpf_ktime_get_ns();
+		open->fault_flags |= test_rsvd(n, addr);
+	open->fault_addr = addr;
+	open->fault_error = error;
+	open->fault_ts = bpf_ktime_get_ns();
 	return 0;
 }
 
@@ -116,25 +116,25 @@ static __always_inline u32 test_row(struct vcpu_state *st, u64 vcpu, u64 addr, u
 
 static __always_inline void on_fault_exit(struct now *n, s32 ret)
 {
-	struct thread_state *thread;
 	struct kvmprobe_event *e;
+	struct open_calls *open;
 	u64 start;
 
 	if (resume(n))
 		return;
-	thread = n->thread;
-	if (!thread->fault_ts)
+	open = &n->st->open;
+	if (!open->fault_ts)
 		return;
-	start = thread->fault_ts;
-	thread->fault_ts = 0;
+	start = open->fault_ts;
+	open->fault_ts = 0;
 	if (ret) /* 0 leads to user space, which an MMIO event may be held for */
 		release(n->st);
 	e = begin(n->st, KVMPROBE_FAULT, KVMPROBE_AT_PAGE_FAULT);
-	e->flags = thread->fault_flags | test_row(n->st, n->vcpu, thread->fault_addr, thread->fault_error);
-	if (thread->fault_error & 2) /* PFERR_WRITE_MASK */
+	e->flags = open->fault_flags | test_row(n->st, n->vcpu, open->fault_addr, open->fault_error);
+	if (open->fault_error & 2) /* PFERR_WRITE_MASK */
 		e->flags |= KVMPROBE_F_WRITE;
-	e->addr = thread->fault_addr;
-	e->value = thread->fault_error;
+	e->addr = open->fault_addr;
+	e->value = open->fault_error;
 	e->gen = bpf_ktime_get_ns() - start;
 	e->aux = (u32)ret;
 	e->kind = ret < 0 ? KVMPROBE_FAULT_ERROR : ret ? KVMPROBE_FAULT_RESUMED : KVMPROBE_FAULT_USERSPACE;
@@ -174,61 +174,55 @@ static __always_inline u8 faultin_result(u64 pfn, s32 ret)
  * At entry fault->slot is the slot KVM itself found, for direct and shadow MMUs; a vulnerable kernel
  * sets it to NULL inside (kvm_faultin_pfn() before v6.10).
  */
-static __always_inline u32 vm_of(u64 vcpu)
-{
-	struct vcpu_state *st = vcpus.lookup(&vcpu);
-
-	return st ? st->vm : 0;
-}
-
 static __always_inline int on_faultin_entry(u64 vcpu, u64 fault)
 {
-	struct thread_state *thread = current_thread();
-	u32 failed = 0;
+	struct open_calls *open;
 	struct slot s = {};
+	struct now n = {};
 	u64 slot;
 
-	if (!thread || thread->vcpu != vcpu)
+	if (resume(&n) || n.vcpu != vcpu)
 		return 0;
-	if (thread->faultin)
-		count_of(vm_of(vcpu), KVMPROBE_LOST_EXIT, KVMPROBE_FAULTIN);
+	open = &n.st->open;
+	if (open->faultin)
+		count_of(n.st->vm, KVMPROBE_LOST_EXIT, KVMPROBE_FAULTIN);
 	s.id = -1;
 	s.flags = KVMPROBE_F_SLOT_KNOWN;
-	slot = read_u64(fault + OFF_FAULT_SLOT, &failed);
+	slot = read_u64(fault + OFF_FAULT_SLOT, &n.failed);
 	if (slot)
-		read_slot(&s, slot, &failed);
-	thread->faultin = fault;
-	thread->faultin_slot = s.id;
-	thread->faultin_flags = s.flags;
-	thread->faultin_base = s.base_gfn << 12;
-	thread->faultin_npages = s.npages;
-	if (failed)
+		read_slot(&s, slot, &n.failed);
+	open->faultin = fault;
+	open->faultin_slot = s.id;
+	open->faultin_flags = s.flags;
+	open->faultin_base = s.base_gfn << 12;
+	open->faultin_npages = s.npages;
+	if (n.failed)
 		count(KVMPROBE_LOST_READ, KVMPROBE_FAULTIN);
 	return 0;
 }
 
 static __always_inline void on_faultin_exit(struct now *n, s32 ret)
 {
-	struct thread_state *thread;
 	struct kvmprobe_event *e;
+	struct open_calls *open;
 	u64 fault;
 
 	if (resume(n))
 		return;
-	thread = n->thread;
-	fault = thread->faultin;
+	open = &n->st->open;
+	fault = open->faultin;
 	if (!fault)
 		return;
-	thread->faultin = 0;
-	if (!KEEP_ALL && !kvmprobe_candidate(KVMPROBE_FAULTIN, 0, thread->faultin_slot))
+	open->faultin = 0;
+	if (!KEEP_ALL && !kvmprobe_candidate(KVMPROBE_FAULTIN, 0, open->faultin_slot))
 		return;
 	e = begin(n->st, KVMPROBE_FAULTIN, KVMPROBE_AT_FAULTIN);
 	e->addr = read_u64(fault + OFF_FAULT_GFN, &n->failed) << 12;
-	e->value = thread->faultin_base;
-	e->gen = thread->faultin_npages;
+	e->value = open->faultin_base;
+	e->gen = open->faultin_npages;
 	e->aux = (u32)ret;
-	e->slot = thread->faultin_slot;
-	e->flags |= thread->faultin_flags;
+	e->slot = open->faultin_slot;
+	e->flags |= open->faultin_flags;
 	e->kind = faultin_result(read_u64(fault + OFF_FAULT_PFN, &n->failed), ret);
 }
 
@@ -260,20 +254,19 @@ static __always_inline void on_spte_requested(struct now *n, u64 fault)
 
 static __always_inline int on_noslot_entry(u64 vcpu, u64 fault)
 {
-	struct thread_state *thread = current_thread();
-	u32 failed = 0;
+	struct now n = {};
 
-	if (!thread || thread->vcpu != vcpu)
+	if (resume(&n) || n.vcpu != vcpu)
 		return 0;
-	if (thread->noslot)
-		count_of(vm_of(vcpu), KVMPROBE_LOST_EXIT, KVMPROBE_FILL);
-	thread->noslot = 0;
+	if (n.st->open.noslot)
+		count_of(n.st->vm, KVMPROBE_LOST_EXIT, KVMPROBE_FILL);
+	n.st->open.noslot = 0;
 	/* handle_abnormal_pfn() (6.1) is also called for ordinary pages, whose slot is not NULL. */
-	if (NOSLOT_IS_HANDLE_ABNORMAL_PFN && read_u64(fault + OFF_FAULT_SLOT, &failed))
+	if (NOSLOT_IS_HANDLE_ABNORMAL_PFN && read_u64(fault + OFF_FAULT_SLOT, &n.failed))
 		return 0;
-	thread->noslot = fault;
-	thread->noslot_gfn = read_u64(fault + OFF_FAULT_GFN, &failed);
-	if (failed)
+	n.st->open.noslot = fault;
+	n.st->open.noslot_gfn = read_u64(fault + OFF_FAULT_GFN, &n.failed);
+	if (n.failed)
 		count(KVMPROBE_LOST_READ, KVMPROBE_FILL);
 	return 0;
 }
@@ -287,10 +280,10 @@ static __always_inline void on_noslot_exit(struct now *n, s32 ret)
 	struct kvmprobe_event *e;
 	struct mmio_cache c = {};
 
-	if (resume(n) || !n->thread->noslot)
+	if (resume(n) || !n->st->open.noslot)
 		return;
-	n->thread->noslot = 0;
-	if (ret < 0 || read_cache(&c, n) || c.gfn != n->thread->noslot_gfn)
+	n->st->open.noslot = 0;
+	if (ret < 0 || read_cache(&c, n) || c.gfn != n->st->open.noslot_gfn)
 		return;
 	read_now(n, n->st->kvm, n->st->flags);
 	e = begin(n->st, KVMPROBE_FILL, KVMPROBE_AT_NOSLOT);

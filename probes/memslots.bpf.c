@@ -108,14 +108,14 @@ static __always_inline int on_memslots_updated(u64 kvm, u64 gen, u32 *failed)
 
 static __always_inline int on_vcpu_destroy(u64 vcpu, u32 *failed)
 {
-	struct vcpu_state *st = vcpus.lookup(&vcpu);
+	struct vcpu_state *st = find_vcpu(vcpu);
 
 	if (!st)
 		return 0;
 	release(st);
 	tell_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_VCPU_DESTROY, failed);
 	ship(vcpu, st);
-	vcpus.delete(&vcpu);
+	forget_vcpu(st);
 	return 0;
 }
 
@@ -140,20 +140,18 @@ static __always_inline int on_vm_destroy(u64 kvm, u32 *failed)
 /* A thread that ends takes its vCPU's identity with it: the next process may get the same addresses. */
 static __always_inline int on_thread_exit(void)
 {
-	struct thread_state *thread = current_thread();
 	u32 tid = (u32)bpf_get_current_pid_tgid();
+	u64 *bound = threads.lookup(&tid);
 	struct vcpu_state *st;
-	u64 vcpu;
 
-	if (!thread)
+	if (!bound)
 		return 0;
-	vcpu = thread->vcpu;
-	st = vcpus.lookup(&vcpu);
+	st = find_vcpu(*bound);
 	if (st && st->tid == tid) {
 		release(st);
 		tell_lifecycle(st, KVMPROBE_VCPU_GONE, KVMPROBE_AT_FIRST_SIGHT, 0);
-		ship(vcpu, st);
-		vcpus.delete(&vcpu);
+		ship(st->vcpu, st);
+		forget_vcpu(st);
 	}
 	threads.delete(&tid);
 	return 0;

@@ -13,7 +13,6 @@ static __always_inline int on_emulate_insn(struct now *n, u64 vcpu, u8 failed)
 {
 	int answer = arrive(n, vcpu, KVMPROBE_AT_EMULATE_INSN, !failed);
 	struct kvmprobe_event *e;
-	u64 ctxt;
 
 	if (answer)
 		return answer;
@@ -22,9 +21,8 @@ static __always_inline int on_emulate_insn(struct now *n, u64 vcpu, u8 failed)
 	if (!KEEP_ALL)
 		return 0;
 	e = begin(n->st, KVMPROBE_EMULATE, KVMPROBE_AT_EMULATE_INSN);
-	ctxt = read_u64(vcpu + OFF_VCPU_EMULATE_CTXT, &n->failed);
-	e->addr = read_u64(ctxt + OFF_CTXT_EIP, &n->failed);
-	e->value = read_u32(ctxt + OFF_CTXT_INSN, &n->failed);
+	e->addr = read_u64(n->st->emulate_ctxt + OFF_CTXT_EIP, &n->failed);
+	e->value = read_u32(n->st->emulate_ctxt + OFF_CTXT_INSN, &n->failed);
 	if (failed)
 		e->flags |= KVMPROBE_F_FAILED;
 	return 0;
@@ -37,9 +35,21 @@ static __always_inline int on_entry(struct now *n, u64 vcpu)
 
 	if (answer)
 		return answer;
-	count_missed_exits(n->thread, n->st->vm);
+	count_missed_exits(n->st);
 	sample_cache(n, KVMPROBE_AT_ENTRY);
 	return 0;
+}
+
+/*
+ * Was there no memory at a gfn when the instruction began?  Then the access is MMIO rightly, whatever memslot
+ * has come since, and the cache is as it was sampled then.  Not asked of a vCPU that was in SMM: there
+ * the cache may be believed in the wrong address space.
+ */
+static __always_inline int is_hole(const struct vcpu_state *st, u64 gfn)
+{
+	const struct slot_memo *memo = &st->memo;
+
+	return memo->valid && memo->gfn == gfn && memo->gen == st->gen && memo->id < 0 && !st->smm_seen;
 }
 
 /*
@@ -51,9 +61,16 @@ static __always_inline int hold(struct now *n, u8 type, u8 site, u64 gpa)
 	struct kvmprobe_event *e = &n->st->held;
 	struct mmio_cache c = {};
 
-	if (read_cache(&c, n))
-		return 0;
-	read_now(n, n->st->kvm, n->st->flags);
+	if (is_hole(n->st, gpa >> 12)) {
+		if (!KEEP_ALL)
+			return 0;
+		n->slots.gen = n->gen0 = n->st->gen;
+		c = n->st->cache;
+	} else {
+		read_now(n, n->st->kvm, n->st->flags);
+		if (read_cache(&c, n))
+			return 0;
+	}
 	__builtin_memset(e, 0, sizeof(*e));
 	e->vm = n->st->vm;
 	e->vcpu = n->st->id;
@@ -182,8 +199,8 @@ static __always_inline void on_check_spte(struct now *n, u64 spte, u32 kvm_gen, 
 		return;
 	e = begin(n->st, KVMPROBE_SPTE, KVMPROBE_AT_CHECK_MMIO_SPTE);
 	e->kind = kvm_gen == spte_gen ? KVMPROBE_SPTE_VALID : KVMPROBE_SPTE_STALE;
-	if (n->thread->fault_ts && (n->st->flags & KVMPROBE_F_DIRECT))
-		e->addr = n->thread->fault_addr & ~0xfffULL;
+	if (n->st->open.fault_ts && (n->st->flags & KVMPROBE_F_DIRECT))
+		e->addr = n->st->open.fault_addr & ~0xfffULL;
 	e->value = spte;
 	e->gen = (u64)kvm_gen << 32 | spte_gen;
 }

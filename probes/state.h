@@ -3,7 +3,7 @@
  * What the programs share: the ring, the counters, and the state of threads, vCPUs and VMs.
  *
  * A vcpu_state is written by the thread that runs the vCPU and by nobody else, so nothing here needs
- * a lock.  The state tables are LRU: an evicted vCPU is simply seen for the first time again.
+ * a lock.  All tables are of fixed size: a vCPU whose state gave way is simply seen for the first time again.
  */
 
 /*
@@ -72,8 +72,25 @@ struct slot_memo {
 	u8 valid;
 };
 
+/* Function entries whose exit has not been seen. */
+struct open_calls {
+	u64 fault_ts; /* 0: none open */
+	u64 fault_addr;
+	u64 fault_error;
+	u64 faultin;  /* struct kvm_page_fault of an open faultin call */
+	u64 faultin_base;
+	u64 faultin_npages;
+	u64 noslot;   /* the same of an open no-slot call */
+	u64 noslot_gfn;
+	u32 fault_flags;
+	u32 faultin_flags;
+	s16 faultin_slot;
+};
+
 struct vcpu_state {
+	u64 vcpu; /* struct kvm_vcpu; 0: none */
 	u64 kvm;
+	u64 emulate_ctxt;           /* vcpu->arch.emulate_ctxt, which never changes */
 	u64 exits;                  /* stat.exits at the last arrival */
 	u64 insns;                  /* stat.insn_emulation at the last emulated instruction */
 	u64 gen;                    /* generation of the vCPU's address space at the last arrival */
@@ -91,6 +108,7 @@ struct vcpu_state {
 #define QUEUE 8 /* no run has more than 6 */
 	struct kvmprobe_event queue[QUEUE]; /* what this run of a program sends at its end */
 	struct slot_memo memo;
+	struct open_calls open;
 	u32 vm;
 	u32 seq;
 	u32 tgid;
@@ -108,26 +126,45 @@ struct vcpu_state {
 	u8 filled_in;               /* address space in which `cache` was filled, plus 1; 0: not known */
 	u8 replaced;                /* another vCPU lies at this address now */
 	u8 level_told;              /* WATCH: that it enters L2 was told */
+	u8 roams;                   /* its thread has run another vCPU since: only `threads` tells which it runs */
 };
-BPF_TABLE("lru_hash", u64, struct vcpu_state, vcpus, 16384);
+#define VCPUS 16384
+/* By number modulo VCPUS: so the vCPU that came VCPUS vCPUs ago gives way. */
+BPF_ARRAY(states, struct vcpu_state, VCPUS);
+BPF_TABLE("lru_hash", u64, u32, vcpus, VCPUS);
+/* Numbers for new vCPUs, kept full by the drain as vm_numbers is. */
+BPF_QUEUE(vcpu_numbers, u32, VM_NUMBERS);
 BPF_ARRAY(fresh_vcpu, struct vcpu_state, 1); /* all zero, never written */
 
-/* A thread: the vCPU it runs, and function entries whose exit has not been seen. */
-struct thread_state {
+/* A thread and the vCPU that it last arrived with. */
+BPF_TABLE("lru_hash", u32, u64, threads, 16384);
+
+/* The same of the thread that last arrived on this CPU: most programs need no look at `threads`. */
+struct running {
+	u64 pid_tgid;
 	u64 vcpu;
-	u64 fault_ts; /* 0: none open */
-	u64 fault_addr;
-	u64 fault_error;
-	u64 faultin;  /* struct kvm_page_fault of an open faultin call */
-	u64 faultin_base;
-	u64 faultin_npages;
-	u64 noslot;   /* the same of an open no-slot call */
-	u64 noslot_gfn;
-	u32 fault_flags;
-	u32 faultin_flags;
-	s16 faultin_slot;
+	u32 n; /* place in `states` */
 };
-BPF_TABLE("lru_hash", u32, struct thread_state, threads, 16384);
+BPF_PERCPU_ARRAY(running, struct running, 1);
+
+static __always_inline struct vcpu_state *find_vcpu(u64 vcpu)
+{
+	u32 *n = vcpus.lookup(&vcpu);
+	struct vcpu_state *st;
+
+	if (!n)
+		return 0;
+	st = states.lookup(n);
+	return st && st->vcpu == vcpu ? st : 0;
+}
+
+static __always_inline void forget_vcpu(struct vcpu_state *st)
+{
+	u64 vcpu = st->vcpu;
+
+	st->vcpu = 0;
+	vcpus.delete(&vcpu);
+}
 
 struct vm_key {
 	u64 kvm;
@@ -322,16 +359,16 @@ static __always_inline void ship(u64 vcpu, struct vcpu_state *st)
 	}
 }
 
-/* A function's exit that is still open when its thread enters the guest was missed. */
-static __always_inline void count_missed_exits(struct thread_state *thread, u32 vm)
+/* A function's exit that is still open when its vCPU enters the guest was missed. */
+static __always_inline void count_missed_exits(struct vcpu_state *st)
 {
-	if (thread->fault_ts)
-		count_of(vm, KVMPROBE_LOST_EXIT, KVMPROBE_FAULT);
-	if (thread->faultin)
-		count_of(vm, KVMPROBE_LOST_EXIT, KVMPROBE_FAULTIN);
-	if (thread->noslot)
-		count_of(vm, KVMPROBE_LOST_EXIT, KVMPROBE_FILL);
-	thread->fault_ts = thread->faultin = thread->noslot = 0;
+	if (st->open.fault_ts)
+		count_of(st->vm, KVMPROBE_LOST_EXIT, KVMPROBE_FAULT);
+	if (st->open.faultin)
+		count_of(st->vm, KVMPROBE_LOST_EXIT, KVMPROBE_FAULTIN);
+	if (st->open.noslot)
+		count_of(st->vm, KVMPROBE_LOST_EXIT, KVMPROBE_FILL);
+	st->open.fault_ts = st->open.faultin = st->open.noslot = 0;
 }
 
 /* A place in the queue: ship() gives the event its time and its seq. */

@@ -127,21 +127,30 @@ static __always_inline void tell_lifecycle(struct vcpu_state *st, u8 kind, u8 si
 	}
 }
 
-/* A state for a vCPU seen for the first time. */
+/* A state for a vCPU seen for the first time; that of the one that was at its address goes. */
 static __always_inline struct vcpu_state *new_vcpu(u64 vcpu, u64 kvm, u32 *failed)
 {
-	int zero = 0;
-	struct vcpu_state *st = fresh_vcpu.lookup(&zero);
+	u32 zero = 0, n = 0;
+	struct vcpu_state *st = find_vcpu(vcpu);
 
+	if (st)
+		st->vcpu = 0;
+	st = fresh_vcpu.lookup(&zero);
 	if (!st)
 		return 0;
-	vcpus.update(&vcpu, st);
-	st = vcpus.lookup(&vcpu);
-	if (!st) {
+	if (vcpu_numbers.pop(&n)) {
 		count(KVMPROBE_LOST_STATE, KVMPROBE_LIFECYCLE);
 		return 0;
 	}
+	n &= VCPUS - 1;
+	states.update(&n, st);
+	vcpus.update(&vcpu, &n);
+	st = states.lookup(&n);
+	if (!st)
+		return 0;
+	st->vcpu = vcpu;
 	st->kvm = kvm;
+	st->emulate_ctxt = read_u64(vcpu + OFF_VCPU_EMULATE_CTXT, failed);
 	st->id = (u16)read_u32(vcpu + OFF_VCPU_ID, failed);
 	return st;
 }
@@ -161,6 +170,54 @@ static __always_inline void tell_generation(struct now *n, u64 before, u8 site)
 	e->len = (u8)n->smm;
 }
 
+/* Bind this thread to a vCPU.  The one it ran before is told from it by `threads` alone from now on. */
+static __always_inline void bind(u32 tid, u64 vcpu)
+{
+	u64 *bound = threads.lookup(&tid), before;
+	struct vcpu_state *st;
+
+	if (!bound) {
+		threads.update(&tid, &vcpu);
+		return;
+	}
+	before = *bound;
+	if (before == vcpu)
+		return;
+	*bound = vcpu;
+	st = find_vcpu(before);
+	if (st)
+		st->roams = 1;
+}
+
+/* The state of a vCPU that this thread is known to run, or 0. */
+static __always_inline struct vcpu_state *known_vcpu(u64 vcpu, u64 pid_tgid)
+{
+	u32 tid = (u32)pid_tgid, zero = 0, n, *place;
+	struct running *run = running.lookup(&zero);
+	struct vcpu_state *st;
+
+	if (!run)
+		return 0;
+	if (run->vcpu == vcpu && run->pid_tgid == pid_tgid) {
+		n = run->n;
+		st = states.lookup(&n);
+		if (st && st->vcpu == vcpu && !st->roams)
+			return st;
+	}
+	place = vcpus.lookup(&vcpu);
+	if (!place || !threads.lookup(&tid))
+		return 0;
+	n = *place;
+	st = states.lookup(&n);
+	if (!st || st->vcpu != vcpu)
+		return 0;
+	bind(tid, vcpu);
+	run->vcpu = vcpu;
+	run->pid_tgid = pid_tgid;
+	run->n = n;
+	return st;
+}
+
 /* What arrive() answers. */
 #define ARRIVED 0
 #define NOT_WANTED 1 /* filtered out */
@@ -177,20 +234,22 @@ static __always_inline int arrive(struct now *n, u64 vcpu, u8 site, int emulatin
 	u64 pid_tgid = bpf_get_current_pid_tgid();
 	u32 tid = (u32)pid_tgid, tgid = pid_tgid >> 32, before, flags;
 	struct config *cfg = get_config();
-	struct thread_state *thread;
 	struct vcpu_state *st;
-	u64 stat[SIZE_VCPU_STAT / 8] = {}; /* from exits to guest_mode, in one read */
+	u64 stat[SIZE_VCPU_STAT / 8]; /* from exits to guest_mode, in one read */
 	u64 kvm, exits, insns;
 
 	if (!cfg || !cfg->on || (cfg->tgid && cfg->tgid != tgid))
 		return NOT_WANTED;
 	if (cfg->vcpu != ~0U && cfg->vcpu != read_u32(vcpu + OFF_VCPU_ID, &n->failed))
 		return NOT_WANTED;
-	thread = threads.lookup(&tid);
-	st = vcpus.lookup(&vcpu);
-	if (!thread || !st)
+	st = known_vcpu(vcpu, pid_tgid);
+	if (!st)
 		return UNKNOWN;
-	kvm = read_u64(vcpu + OFF_VCPU_KVM, &n->failed);
+	/* A vCPU begins with both counters at 0: one that is new at this address is told by them, unless
+	 * nothing was counted on the one before. */
+	kvm = st->kvm;
+	if (!(emulating ? st->insns : st->exits))
+		kvm = read_u64(vcpu + OFF_VCPU_KVM, &n->failed);
 	note(&n->failed, bpf_probe_read_kernel(stat, sizeof(stat), (void *)(vcpu + OFF_VCPU_STAT)));
 	exits = stat[(OFF_VCPU_EXITS - OFF_VCPU_STAT) / 8];
 	insns = stat[(OFF_VCPU_INSNS - OFF_VCPU_STAT) / 8];
@@ -207,9 +266,7 @@ static __always_inline int arrive(struct now *n, u64 vcpu, u8 site, int emulatin
 	if (cfg->generation_by_diff && st->gen != n->slots.gen && !((before ^ flags) & KVMPROBE_F_SMM))
 		return UNKNOWN;
 	n->st = st;
-	n->thread = thread;
 	st->gen = n->slots.gen;
-	thread->vcpu = vcpu;
 	release(st);
 	st->smm_seen |= !!(flags & KVMPROBE_F_SMM);
 	if (st->smm_seen)
@@ -233,7 +290,6 @@ static __always_inline int arrive(struct now *n, u64 vcpu, u8 site, int emulatin
 static __always_inline int introduce(u64 vcpu, u8 site)
 {
 	u32 tid = (u32)bpf_get_current_pid_tgid();
-	struct thread_state thread = {};
 	struct vcpu_state *st;
 	struct vm_state *vm;
 	struct vm_key key;
@@ -245,9 +301,8 @@ static __always_inline int introduce(u64 vcpu, u8 site)
 	vm = get_vm(&key, 0, &is_new);
 	if (!vm)
 		return -1;
-	thread.vcpu = vcpu;
-	threads.update(&tid, &thread);
-	st = vcpus.lookup(&vcpu);
+	bind(tid, vcpu);
+	st = find_vcpu(vcpu);
 	/* vCPUs go only with their VM: another vCPU at this address is another VM at that one. */
 	if (is_another(vm, key.kvm, &n.failed) || (st && st->replaced && st->vm == vm->vm)) {
 		before = vm->vm;
@@ -346,17 +401,6 @@ static __always_inline void interrupt(u32 at)
 		*site = at;
 }
 
-/*
- * A program that is not given its vCPU takes the one its thread last arrived with.  Nothing is known
- * before a first arrival: such an access began before the recording.
- */
-static __always_inline struct thread_state *current_thread(void)
-{
-	u32 tid = (u32)bpf_get_current_pid_tgid();
-
-	return threads.lookup(&tid);
-}
-
 /* The end of every program that has a vCPU; `type`: what is lost when memory could not be read. */
 static __always_inline void finish(struct now *n, u8 type)
 {
@@ -365,18 +409,32 @@ static __always_inline void finish(struct now *n, u8 type)
 	ship(n->vcpu, n->st);
 }
 
-/* The thread's vCPU, without a look at what it does now. */
+/*
+ * A program that is not given its vCPU, or does not look at what it does now, takes the one its thread last
+ * arrived with.  Nothing is known before a first arrival: such an access began before the recording.
+ */
 static __always_inline int resume(struct now *n)
 {
-	struct vcpu_state *st;
+	u64 pid_tgid = bpf_get_current_pid_tgid(), *bound;
+	u32 tid = (u32)pid_tgid, zero = 0, place;
+	struct running *run = running.lookup(&zero);
+	struct vcpu_state *st = 0;
 
-	n->thread = current_thread();
-	if (!n->thread)
+	if (run && run->pid_tgid == pid_tgid) {
+		place = run->n;
+		st = states.lookup(&place);
+		if (st && (st->vcpu != run->vcpu || st->roams))
+			st = 0;
+	}
+	if (!st) {
+		bound = threads.lookup(&tid);
+		if (!bound)
+			return -1;
+		st = find_vcpu(*bound);
+	}
+	if (!st || st->tid != tid || st->tgid != pid_tgid >> 32)
 		return -1;
-	n->vcpu = n->thread->vcpu;
-	st = vcpus.lookup(&n->vcpu);
-	if (!st || st->tgid != bpf_get_current_pid_tgid() >> 32)
-		return -1;
+	n->vcpu = st->vcpu;
 	n->st = st;
 	return 0;
 }

@@ -62,6 +62,8 @@ NEIGHBOURS = (
 #: Counters that the C reads in one go, and at most so many bytes of a stack of 512.
 _STAT = ("OFF_VCPU_EXITS", "OFF_VCPU_INSNS", "OFF_VCPU_GUEST_MODE")
 _STAT_BYTES = 256
+#: The same from arch.mmu to arch.root_mmu.root_role.
+_MMU_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -103,5 +105,12 @@ def read_layout(btf: KernelBtf) -> Layout:
         )
     values["OFF_VCPU_STAT"] = min(counters)
     values["SIZE_VCPU_STAT"] = size
+    values["OFF_VCPU_ROOT_ROLE"] = btf.member("kvm_vcpu", "arch.root_mmu.root_role").offset
+    size = values["OFF_VCPU_ROOT_ROLE"] + 4 - values["OFF_VCPU_MMU"]
+    if not 8 < size <= _MMU_BYTES:
+        raise BtfError(
+            f"struct kvm_vcpu_arch: root_mmu.root_role is not within {_MMU_BYTES} bytes of mmu; "
+            "this kernel's layout is not known to kvmprobe"
+        )
     values["ADDRESS_SPACES"] = btf.member("kvm", "memslots").size // 8
     return Layout(values)

@@ -178,9 +178,9 @@ class Program:
             setattr(self._config, name, value)
         table[table.Key(0)] = self._config
 
-    def give_vm_numbers(self, first: int, n: int) -> None:
-        """Put n numbers for new VMs, from `first`, into their queue."""
-        queue = self._bpf[b"vm_numbers"]
+    def give_numbers(self, queue_of: str, first: int, n: int) -> None:
+        """Put n numbers, from `first`, into the queue "vm_numbers" or "vcpu_numbers"."""
+        queue = self._bpf[queue_of.encode()]
         for number in range(first, first + n):
             queue.push(ctypes.c_uint32(number))
 
@@ -212,8 +212,10 @@ class Program:
     def held_events(self) -> NDArray[Any]:
         """Events that are still held for what may follow them: dtype `EVENT`."""
         held = np.zeros(0, EVENT)
-        for state in self._bpf[b"vcpus"].values():
-            if state.holds:
+        states = self._bpf[b"states"]
+        for place in self._bpf[b"vcpus"].values():
+            state = states[states.Key(place.value)]
+            if state.vcpu and state.holds:
                 row = np.frombuffer(bytes(state.held), EVENT).copy()
                 row["seq"] = state.seq
                 held = np.concatenate([held, row])

@@ -103,7 +103,7 @@ class Session:
         self._reserve: Ring | None = None
         self._fentry_prefix = ""
         self._refused: dict[str, str] = {}
-        self._next_vm = 1
+        self._next_vm, self._next_vcpu = 1, 0
         self._counted = np.zeros(0, "<u8")
         self._vm_lost: dict[tuple[int, int, int], int] = {}
         self._epoch = 0
@@ -191,8 +191,10 @@ class Session:
         """
         while True:
             program = self._need()
-            program.give_vm_numbers(self._next_vm, VM_NUMBERS)
+            program.give_numbers("vm_numbers", self._next_vm, VM_NUMBERS)
+            program.give_numbers("vcpu_numbers", self._next_vcpu, VM_NUMBERS)
             self._next_vm += VM_NUMBERS
+            self._next_vcpu += VM_NUMBERS
             try:
                 program.attach(self.plan, self._fentry_prefix)
             except AttachError as error:
@@ -243,13 +245,16 @@ class Session:
         return np.concatenate([events, self._meet_vms(events), self._losses(events, now)])
 
     def _meet_vms(self, events: NDArray[Any]) -> NDArray[Any]:
-        """Replace the numbers that new VMs took, and make the events that tell their names."""
-        seen = events[
-            (events["type"] == Type.LIFECYCLE) & (events["kind"] == LifecycleChange.VM_SEEN)
-        ]
+        """Replace the numbers that new VMs and vCPUs took; make the events that tell names."""
+        lifecycle = events[events["type"] == Type.LIFECYCLE]
+        seen = lifecycle[lifecycle["kind"] == LifecycleChange.VM_SEEN]
         if len(seen):
-            self._need().give_vm_numbers(self._next_vm, len(seen))
+            self._need().give_numbers("vm_numbers", self._next_vm, len(seen))
             self._next_vm += len(seen)
+        vcpus = int(np.count_nonzero(lifecycle["kind"] == LifecycleChange.VCPU_SEEN))
+        if vcpus:
+            self._need().give_numbers("vcpu_numbers", self._next_vcpu, vcpus)
+            self._next_vcpu += vcpus
         names = [
             named(int(vm["vm"]), int(vm["aux"]), name, int(vm["ts"]))
             for vm in seen

@@ -198,7 +198,7 @@ class LiveStat:
         program = self._program = StatProgram(load_bcc().module, program_text(layout, reasons))
         program.load_tracepoints([name for name in TRACEPOINTS if name not in missing])
         program.configure(tgid=self._pid or 0)
-        program.give_vm_numbers(1, _VM_NUMBERS)
+        program.give_numbers("vm_numbers", 1, _VM_NUMBERS)
         program.attach_tracepoints()
         missing |= program.refused
         lacking = {"kvm_emulate_insn", "kvm_entry", "kvm_mmio"} & set(missing)
@@ -290,7 +290,7 @@ class LiveStat:
                 comm = bytes(value["comm"]).split(b"\0")[0].decode("utf-8", "replace")
                 self._vms[number] = VmInfo(number, printable(vm_name(pid) or comm) or None, pid)
         if new:
-            self._need().give_vm_numbers(self._next_vm, new)
+            self._need().give_numbers("vm_numbers", self._next_vm, new)
             self._next_vm += new
         return dict(self._vms)
 

@@ -89,7 +89,7 @@ def run() -> Result:
     for program in (stat, empty):
         program.load_tracepoints(names)
     stat.configure(on=1)
-    stat.give_vm_numbers(1, 1)
+    stat.give_numbers("vm_numbers", 1, 1)
     ways: dict[str, _Way] = {
         "nothing attached": _nothing,
         "empty programs on the same tracepoints": _attached(empty),

@@ -31,6 +31,8 @@ from tests.model.rows import (
     BELIEVED,
     BY_GPA,
     DIRECT,
+    FILL_AS_KNOWN,
+    GEN_KNOWN,
     IS_AS0,
     IS_CURRENT,
     MATCHED,
@@ -62,19 +64,32 @@ class Probes(State):
             at[0].matched = False
             self._send(self._begin(at[0], Type.EMULATE, Site.EMULATE_INSN, addr=0x1000))
 
+    def _hold(self, vcpu: Vcpu, st: VcpuState, now: int, kind: Type, site: Site, gpa: int) -> Row:
+        """hold()"""
+        row = st.held = Row(st.vm, st.id, int(kind), int(site), st.flags)
+        gen = vcpu.cache.gen
+        memo = st.memo
+        is_hole = memo and memo[0] == (gpa >> 12, st.gen, False) and memo[1] < 0 and not st.smm_seen
+        if memo and is_hole:
+            gen, now = st.cache.gen, st.gen
+            row.addr, row.gen, row.aux = gpa, gen, now & 0xFFFFFFFF
+            row.flags |= GEN_KNOWN | (IS_AS0 | IS_CURRENT) * (gen == now)
+            row.flags |= FILL_AS_KNOWN * (st.filled_in is not None) | memo[2]
+            row.slot = memo[1]
+            return row
+        row.addr, row.gen, row.aux = gpa, gen, now & 0xFFFFFFFF
+        row.flags |= self._compare(vcpu, now, gen) | self._compare_fill(vcpu, st)
+        self._look_up(row, vcpu, st, now, gpa >> 12)
+        return row
+
     def match(self, vcpu: Vcpu, gva: int, gpa: int, write: bool, by_gpa: bool) -> None:
         if at := self._resume(vcpu):
             st, now = at
             self._flush(st)
             st.matched = True
-            gen = vcpu.cache.gen
-            row = Row(st.vm, st.id, int(Type.MATCH), int(Site.MATCH_MMIO), st.flags)
-            row.addr, row.value, row.gen = gpa, gva, gen
-            row.aux = now & 0xFFFFFFFF
-            row.flags |= self._compare(vcpu, now, gen) | self._compare_fill(vcpu, st)
+            row = self._hold(vcpu, st, now, Type.MATCH, Site.MATCH_MMIO, gpa)
+            row.value = gva
             row.flags |= WRITE * write | BY_GPA * by_gpa
-            self._look_up(row, vcpu, st, now, gpa >> 12)
-            st.held = row
 
     def mmio(self, vcpu: Vcpu, kind: int, size: int, gpa: int) -> None:
         at = self._resume(vcpu)
@@ -89,13 +104,9 @@ class Probes(State):
         if held and same and not candidate(held):
             st.held = None  # MATCHED says it
         self._flush(st)
-        row = Row(st.vm, st.id, int(Type.MMIO), int(Site.MMIO), st.flags)
-        row.addr, row.gen, row.aux = gpa, vcpu.cache.gen, now & 0xFFFFFFFF
+        row = self._hold(vcpu, st, now, Type.MMIO, Site.MMIO, gpa)
         row.kind, row.len = kind, size
-        row.flags |= self._compare(vcpu, now, vcpu.cache.gen) | self._compare_fill(vcpu, st)
         row.flags |= WRITE * (kind == MmioType.WRITE) | MATCHED * st.matched
-        self._look_up(row, vcpu, st, now, gpa >> 12)
-        st.held = row
         st.read_waits = kind == MmioType.UNSATISFIED_READ
 
     def userspace_exit(self, vcpu: Vcpu, reason: int) -> None:

@@ -48,7 +48,7 @@ class Row:
 
 @dataclass
 class VcpuState:
-    """struct vcpu_state, and what struct thread_state holds of open calls."""
+    """struct vcpu_state."""
 
     vm: int
     id: int
