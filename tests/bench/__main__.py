@@ -46,12 +46,12 @@ PARTS = {
     "writer": Part(60),
     "guest": Part(240),
     "start": Part(120),
+    "resident": Part(90),
     "stat": Part(120),
     "detector": Part(90),
     "analysis": Part(420),
     "compact": Part(120),
     "importers": Part(240),
-    "fleet": Part(240),
     "full": Part(3600, by_name=True),
 }
 
