@@ -4,9 +4,9 @@
 KIND is a kind of trace, or gzip, xz or zstd: text packed so.  Each input is a small real trace,
 cut, with bits turned, numbers and words replaced by those that hurt, pieces moved or doubled.  It
 may only give events or CaptureError, with and without salvage.  The run fails, naming the seed, on
-anything else, on an input that takes more than ten seconds of CPU or makes the process grow by more than
-512 MiB, and where the compiled readers, which check each index here, and those that work by columns
-don't give the same (tried on one input of --compare).
+anything else, on an input that takes more than ten seconds of CPU or makes the process grow by more
+than 512 MiB, and where the compiled readers, which check each index here, and those that work by
+columns don't give the same (tried on one input of --compare).
 """
 
 from __future__ import annotations
