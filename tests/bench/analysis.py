@@ -107,7 +107,7 @@ def run() -> Result:
     ours = "kvmprobe analyze, Parquet"
     largest = max(SIZES)
     ratios = [
-        f"{fastest[largest, peer] / fastest[largest, ours]:.1f} times {peer}"
+        f"{peer} takes {fastest[largest, peer] / fastest[largest, ours]:.1f} times as long"
         for peer in peers.PEERS
         if (largest, peer) in fastest
     ]
