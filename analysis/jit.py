@@ -71,6 +71,7 @@ def _digest(more: Sequence[Path]) -> str:
     """Name the sources that loops are compiled from: numba looks at one file only."""
     here = Path(__file__).parent
     sources = [
+        Path(__file__),
         here / "steps.py",
         *sorted((here / "rules").glob("*.py")),
         here.parent / "probes" / "events.h",
@@ -90,25 +91,31 @@ def available() -> bool:
 
 
 def compiled(
-    function: Callable[..., Any], helpers: Iterable[Callable[..., Any]], *more: Path
+    function: Callable[..., Any],
+    helpers: Iterable[Callable[..., Any]],
+    *more: Path,
+    counted: bool = True,
 ) -> Any:  # noqa: ANN401
     """Return `function` compiled, and with it what it calls; only where `available()`.
 
     The first call of the result compiles (seconds) or loads what an earlier process kept.  `more`
-    are folders of other sources that it is compiled from.
+    are folders of other sources that it is compiled from.  `counted`: numba counts references to
+    arrays, which a loop needs that makes arrays; one that only works on those it is given spends a
+    third of its time on that.
     """
     import numba
     from numba.extending import register_jitable
 
+    how: dict[str, Any] = {} if counted else {"_nrt": False}
     for helper in helpers:
-        register_jitable(forceinline=True)(helper)
+        register_jitable(forceinline=True, **how)(helper)
     directory = cache_directory(*more)
     # numba reads the setting when a function is decorated; others may have set it for theirs.
     config: Any = numba.config
     before = config.CACHE_DIR
     try:
         config.CACHE_DIR = str(directory or "")
-        return numba.njit(function, cache=directory is not None, nogil=True)
+        return numba.njit(function, cache=directory is not None, nogil=True, **how)
     finally:
         config.CACHE_DIR = before
 
@@ -121,4 +128,4 @@ def compiled_scan() -> Scan:
 
     helpers: list[Callable[..., Any]] = [*HELPERS, *(rule.step for rule in rules.RULES)]
     helpers += [rules.STEP_ALL, steps.find, steps.begin]
-    return cast(Scan, compiled(steps.scan, helpers))
+    return cast(Scan, compiled(steps.scan, helpers, counted=False))

@@ -84,7 +84,7 @@ def follow(batch: Batch, table: Table, counts: NDArray[np.int64]) -> bool:
 def _compiled() -> Any:  # noqa: ANN401 - numba has no types
     from kvmprobe.analysis.jit import compiled
 
-    return compiled(follow, (small, steps.find))
+    return compiled(follow, (small, steps.find), counted=False)
 
 
 class Sequences:

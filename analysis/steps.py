@@ -86,7 +86,8 @@ class Out(NamedTuple):
     cite: NDArray[np.uint64]  # bit r: keep the newest cause before it
     cause: NDArray[np.int64]
     acquit: NDArray[np.uint64]  # bit r: the vCPU's first acquittal by rule r
-    codes: NDArray[np.uint8]  # rule: its answer to one event
+    rules: NDArray[np.uint8]  # of one event: the rules that answered
+    codes: NDArray[np.uint8]  # their answers
 
 
 class Hashed(Protocol):
@@ -179,13 +180,9 @@ def scan(rows: Rows, places: Places, out: Out, start: int, used: int) -> tuple[i
             rows.ts[i], rows.type[i], rows.site[i], rows.flags[i], rows.gfn[i], rows.slot[i],
             rows.kind[i],
         )  # fmt: skip
-        answered = STEP_ALL(event, places.words, place * N_WORDS, out.codes)
-        if answered == 0:
-            continue
-        for r in range(N_RULES):
-            if answered >> r & 1 == 0:
-                continue
-            code = out.codes[r]
+        for answer in range(STEP_ALL(event, places.words, place * N_WORDS, out.rules, out.codes)):
+            r = out.rules[answer]
+            code = out.codes[answer]
             bit = _ONE << np.uint64(r)
             if code & ACQUITS:
                 places.acquittals[place, r] += _ONE
@@ -257,6 +254,7 @@ class Room:
             cite=np.zeros(size, np.uint64),
             cause=np.zeros(size, np.int64),
             acquit=np.zeros(size, np.uint64),
+            rules=np.zeros(N_RULES, np.uint8),
             codes=np.zeros(N_RULES, np.uint8),
         )
 
@@ -264,7 +262,8 @@ class Room:
         """Give the first so many; good until the next call."""
         rows: dict[str, Any] = {name: own[:size] for name, own in self.rows._asdict().items()}
         out: dict[str, Any] = {name: own[:size] for name, own in self.out._asdict().items()}
-        return Rows(**rows), Out(**out | {"codes": self.out.codes})
+        one = {"rules": self.out.rules, "codes": self.out.codes}
+        return Rows(**rows), Out(**out | one)
 
 
 def move(old: Places, keep: NDArray[np.intp], capacity: int) -> Places:

@@ -46,9 +46,9 @@ RULES: tuple[Rule, ...] = (
 #: The faults that get a verdict, in order.
 FAULTS: tuple[str, ...] = tuple(dict.fromkeys(rule.fault for rule in RULES if rule.convicts))
 
-#: An event, the words of all rules, where this vCPU's begin, and room for a code a rule -> bit r:
-#: rule r answered, and its code is in the room.
-StepAll = Callable[[Event, NDArray[np.uint64], int, NDArray[np.uint8]], int]
+#: An event, the words of all rules, where this vCPU's begin, and room for answers: rules and their
+#: codes -> how many rules answered, in order.
+StepAll = Callable[[Event, NDArray[np.uint64], int, NDArray[np.uint8], NDArray[np.uint8]], int]
 
 if len(RULES) > 63:
     raise ImportError("one bit a rule doesn't fit a 64-bit word any more")
@@ -60,7 +60,7 @@ def _join(rules: tuple[Rule, ...]) -> StepAll:
     Written out as source, for numba compiles no loop over functions, and nested closures cost it
     twice the time of plain calls in a row.
     """
-    lines = ["def step_all(e, words, at, codes):", "    answered = 0"]
+    lines = ["def step_all(e, words, at, rules, codes):", "    answered = 0"]
     names = {f"step_{index}": rule.step for index, rule in enumerate(rules)}
     for kind in sorted({int(kind) for rule in rules for kind in rule.watches}):
         lines.append(f"    {'if' if len(lines) == 2 else 'elif'} e.type == {kind}:")
@@ -69,8 +69,9 @@ def _join(rules: tuple[Rule, ...]) -> StepAll:
                 lines += [
                     f"        code = step_{index}(e, words, at + {index * WORDS})",
                     "        if code != 0:",
-                    f"            codes[{index}] = code",
-                    f"            answered |= {1 << index}",
+                    f"            rules[answered] = {index}",
+                    "            codes[answered] = code",
+                    "            answered += 1",
                 ]
     lines.append("    return answered")
     scope: dict[str, Any] = dict(names)
