@@ -96,11 +96,16 @@ class Judge:
 
     It must be given every event of the stream, in order: a sequence number that is missing is a
     loss.  The rules step over the CANDIDATE events only, so a stream that was made of those alone
-    gives the same findings.  Memory is bounded by the vCPUs that live, `GONE_LIMIT`, and findings.
+    gives the same findings.  Memory is bounded by the vCPUs that live, `gone_limit`, and findings.
     """
 
     def __init__(
-        self, plan: Iterable[Mapping[str, Any]], *, jit: bool = False, from_first: bool = False
+        self,
+        plan: Iterable[Mapping[str, Any]],
+        *,
+        jit: bool = False,
+        from_first: bool = False,
+        gone_limit: int | None = None,
     ) -> None:
         """Begin a stream.
 
@@ -108,8 +113,10 @@ class Judge:
             plan: the header's `plan`: what was attached.
             jit: compile the detector once many events were seen, where numba is installed.
             from_first: each vCPU's sequence begins at 0: so it is in what probes record.
+            gone_limit: VMs that are gone and still told by themselves; None: `GONE_LIMIT`.
 
         """
+        self._gone_limit = GONE_LIMIT if gone_limit is None else gone_limit
         self._attached = Coverage.attached_in(plan)
         self._detector = Detector(jit=jit, compile_after=_COMPILE_AFTER)
         #: Losses, gaps and anomalies; events by type.
@@ -207,9 +214,9 @@ class Judge:
     def _forget(self) -> None:
         """Drop the oldest VMs that are gone, once they are too many."""
         gone = self.integrity.gone
-        if len(gone) <= GONE_LIMIT:
+        if len(gone) <= self._gone_limit:
             return
-        oldest = tuple(islice(gone, len(gone) - GONE_LIMIT))
+        oldest = tuple(islice(gone, len(gone) - self._gone_limit))
         self.integrity.forget(oldest)
         for vm in oldest:
             self._detector.forget(vm)

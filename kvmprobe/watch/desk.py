@@ -32,6 +32,8 @@ from kvmprobe.watch.status import Latched, replace_file
 
 #: Findings that the judge may hold before it is replaced: memory stays bounded.
 MAX_FOUND = 4096
+#: VMs that are gone and still judged: their vCPUs' last records may come late.
+GONE_LIMIT = 256
 #: Seconds between two lines in the log on a finding that goes on.
 AGAIN_SECONDS = 60.0
 #: Seconds between two looks for VMs whose process is gone.
@@ -113,7 +115,7 @@ class Desk:
         self._begin_judge(from_first=True)
 
     def _begin_judge(self, *, from_first: bool) -> None:
-        self.judge = Judge(self._header["plan"], from_first=from_first)
+        self.judge = Judge(self._header["plan"], from_first=from_first, gone_limit=GONE_LIMIT)
         self._counted = {}
         self._lossy = {}
         self._occurrences = 0
