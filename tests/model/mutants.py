@@ -6,7 +6,7 @@
 Each mutant is one change of one comparison, boolean operator, bit operator or constant in a
 function of `FILES`.  Each runs in a child of its own that sees the changed source in place of the
 file, forked from a process that has imported what the suite needs but nothing of the project.
-Nothing is compiled.  A line a mutant: killed or SURVIVED.
+Nothing is compiled but `_COMPILED`.  A line a mutant: killed or SURVIVED.
 """
 
 from __future__ import annotations
@@ -47,6 +47,16 @@ STAGES = (
      "tests/unit/test_verdict.py", "tests/unit/test_rules_golden.py",
      "tests/unit/test_verdict_vms.py", "tests/unit/test_detector.py"),
 )  # fmt: skip
+#: What is tried first on a file's mutants: its own tests.
+_OWN = {
+    "analysis/candidates.py": ("tests/unit/test_detector_candidates.py",),
+    "analysis/integrity.py": ("tests/unit/test_detector_integrity.py",),
+    "analysis/judge.py": ("tests/unit/test_verdict_vms.py",),
+    "analysis/sequences.py": ("tests/unit/test_detector_sequences.py",),
+    "analysis/verdict.py": ("tests/unit/test_verdict.py", "tests/unit/test_verdict_vms.py"),
+}
+#: Compiled code by its nature: its tests compile it.
+_COMPILED = ("analysis/sequences.py",)
 #: What children find imported.
 _PRELOAD = ("pytest", "numpy", "hypothesis", "hypothesis.extra.numpy")
 #: Where the suite runs; so many random runs of the model must a mutant survive.
@@ -171,6 +181,9 @@ def _suite(mutant: Mutant | None, stage: tuple[str, ...], said: str) -> None:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     if mutant:
+        if mutant.file in _COMPILED:
+            # A shared place is refused, so nothing is kept: numba would take one for another.
+            os.environ |= {"KVMPROBE_NO_JIT": "0", "CACHE_DIRECTORY": tempfile.gettempdir()}
         _Mutated.mutant = mutant
         found = importlib.machinery.FileFinder.path_hook((_Mutated, [".py"]))
         sys.path_hooks.insert(0, found)
@@ -183,7 +196,8 @@ def noticed(mutant: Mutant | None) -> str | None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", prefix="kvmprobe-mutant-") as said:
-        for stage in STAGES:
+        own = _OWN.get(mutant.file) if mutant else None
+        for stage in (own, *STAGES) if own else STAGES:
             child = context.Process(target=_suite, args=(mutant, stage, said.name))
             child.start()
             child.join(TIME_LIMIT)
