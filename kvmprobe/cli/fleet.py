@@ -43,12 +43,17 @@ def analyze(
     result, and it says which.
     """
     from kvmprobe.errors import UsageError
+    from kvmprobe.fleet.progress import tell
     from kvmprobe.fleet.run import analyze_fleet
     from kvmprobe.fleet.text import render
 
     if scheduler is not None and workers is not None:
         raise UsageError("--workers is for this machine; a scheduler has its own")
-    summary = analyze_fleet(places, output, scheduler, workers)
+    try:
+        summary = analyze_fleet(places, output, scheduler, workers)
+    except KeyboardInterrupt:
+        tell("ended; the same command goes on from here")
+        raise
     print(render(summary), end="")
     print(f"{output}: the tables", file=sys.stderr)
     return int(bool(summary["with_problems"]))

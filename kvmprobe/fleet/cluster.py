@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -48,17 +49,17 @@ def connect(scheduler: str | None, workers: int | None = None) -> Iterator[Any]:
     logging.getLogger("tornado").setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as opened:
         if scheduler is None:
-            cluster = opened.enter_context(
-                LocalCluster(  # type: ignore[no-untyped-call]
+            with _ignoring_interrupts():
+                local = LocalCluster(  # type: ignore[no-untyped-call]
                     n_workers=workers or os.cpu_count() or 1,
                     threads_per_worker=1,
                     host="127.0.0.1",
-                    dashboard_address=None,
+                    dashboard_address="127.0.0.1:0",
                     silence_logs=logging.CRITICAL,
                     # Whoever reaches a scheduler runs programs as its user.
                     security=Security.temporary(),  # type: ignore[no-untyped-call]
                 )
-            )
+            cluster = opened.enter_context(local)
             yield opened.enter_context(Client(cluster))  # type: ignore[no-untyped-call]
             return
         try:
@@ -71,6 +72,16 @@ def connect(scheduler: str | None, workers: int | None = None) -> Iterator[Any]:
             ) from None
         _check_workers(client, scheduler)
         yield client
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Start processes that a terminal's Ctrl-C doesn't reach: this one ends them, in order."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _check_workers(client: Any, scheduler: str) -> None:  # noqa: ANN401 - as in connect()

@@ -198,6 +198,15 @@ def _why(error: Exception) -> str:
     text = str(error).partition("\n")[0]
     if any(word in text for word in _DENIED):
         return f"access denied or no credentials; {_CREDENTIALS}"
+    if "AWS Error" in text and not _has_credentials():
+        return f"there are no credentials; {_CREDENTIALS}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return text or type(error).__name__
+
+
+def _has_credentials() -> bool:
+    """Whether there is anything that a client of AWS takes for credentials, beside a role."""
+    names = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN")
+    given = os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or Path.home() / ".aws/credentials"
+    return any(os.environ.get(name) for name in names) or Path(given).exists()

@@ -99,7 +99,7 @@ class Progress:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def tell(self, line: str) -> None:
-        """Print a line of its own."""
-        clear = "\r\x1b[K" if self._terminal else ""
-        print(f"{clear}kvmprobe: {printable(line)}", file=sys.stderr, flush=True)
+
+def tell(line: str) -> None:
+    """Print a line of its own on stderr."""
+    print(f"kvmprobe: {printable(line)}", file=sys.stderr, flush=True)

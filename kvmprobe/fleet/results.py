@@ -12,7 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,8 @@ from kvmprobe.fleet.host import FORMAT, Host, empty_result
 from kvmprobe.store.files import create_output
 
 SCHEMA = "kvmprobe.fleet/1"
+#: Problems and notes that are told; all are in the table of hosts.
+TOLD = 20
 _SUMMARY = "fleet.json"
 _HOSTS = "hosts"
 
@@ -80,18 +82,24 @@ class Results:
         with create_output(path, force=True) as file:
             file.write(json.dumps(result, separators=(",", ":")).encode())
 
-    def finish(self, hosts: Iterable[Host], failed: Mapping[str, str]) -> dict[str, Any]:
+    def finish(
+        self,
+        hosts: Iterable[Host],
+        failed: Mapping[str, str],
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> dict[str, Any]:
         """Write the tables and the summary of these hosts; returns the summary.
 
         Args:
             hosts: all hosts of the run.
             failed: why a host has no result, by its id.
+            tell: called with a line for each problem and note, up to `TOLD`.
 
         """
         from kvmprobe.fleet.summary import Summary
         from kvmprobe.fleet.tables import Tables
 
-        summary = Summary()
+        summary, told = Summary(), 0
         with contextlib.ExitStack() as opened:
             tables = opened.enter_context(Tables(self.folder))
             for host in sorted(hosts, key=lambda host: (host.name, host.id)):
@@ -102,6 +110,12 @@ class Results:
                 result |= {"name": host.name, "notes": [*host.notes, *result["notes"]]}
                 tables.add(result)
                 summary.add(result)
+                for line in (*result["problems"], *result["notes"]):
+                    told += 1
+                    if told <= TOLD:
+                        tell(f"{host.name}: {line}")
+        if told > TOLD:
+            tell(f"{told - TOLD:,} more of that kind: see {self.folder / 'hosts.parquet'}")
         document = {"schema": SCHEMA, "version": __version__, **summary.document()}
         with create_output(self.folder / _SUMMARY, force=True) as file:
             file.write(json.dumps(document, indent=1).encode())

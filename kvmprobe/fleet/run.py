@@ -11,13 +11,12 @@ from kvmprobe.fleet.cluster import connect, each
 from kvmprobe.fleet.host import Host, analyze_host
 from kvmprobe.fleet.hosts import hosts_of
 from kvmprobe.fleet.places import File, list_files
-from kvmprobe.fleet.progress import Progress
+from kvmprobe.fleet.progress import Progress, tell
 from kvmprobe.fleet.results import Results
 from kvmprobe.fleet.survey import Surveyed, survey
 
-#: Files that a worker looks at in one task, and lines told of problems.
+#: Files that a worker looks at in one task.
 _FILES = 64
-_TOLD = 20
 
 
 def analyze_fleet(
@@ -48,14 +47,14 @@ def analyze_fleet(
         new = [f for f, s in zip(files, surveyed, strict=True) if s is None]
         hosts = [] if new else hosts_of(s for s in surveyed if s is not None)
         if not new and all(results.done(host) for host in hosts):
-            return _finish(results, hosts, {})
+            return results.finish(hosts, {}, tell)
         with connect(scheduler, workers) as client:
             looked = [s for s in surveyed if s is not None]
             for batch, found in each(client, survey, _batches(new)):
                 looked += _broken(batch, found) if isinstance(found, Exception) else found
             hosts = hosts_of(looked)
             failed = _analyze(client, results, hosts)
-        return _finish(results, hosts, failed)
+        return results.finish(hosts, failed, tell)
 
 
 def _batches(files: list[File]) -> Iterator[list[File]]:
@@ -76,7 +75,7 @@ def _analyze(client: Any, results: Results, hosts: list[Host]) -> dict[str, str]
     wanted = [host for host in hosts if results.done(host) is None]
     with Progress(sum(host.size for host in wanted), len(wanted)) as progress:
         if len(wanted) < len(hosts):
-            progress.tell(f"{len(hosts) - len(wanted):,} hosts are done already")
+            tell(f"{len(hosts) - len(wanted):,} hosts are done already")
         for host, result in each(client, analyze_host, wanted):
             if isinstance(result, Exception):
                 failed[host.id] = _why(result)
@@ -84,10 +83,6 @@ def _analyze(client: Any, results: Results, hosts: list[Host]) -> dict[str, str]
                 results.keep(result)
             progress.done(host.size)
     return failed
-
-
-def _finish(results: Results, hosts: list[Host], failed: dict[str, str]) -> dict[str, Any]:
-    return results.finish(hosts, failed)
 
 
 def _why(error: Exception) -> str:
