@@ -14,7 +14,7 @@ from kvmprobe import __version__
 from tests.lab import base, vm
 from tests.lab.base import LabError, MissingError, built
 from tests.lab.kernels import parse_spec
-from tests.lab.matrix import Cell, render, select_scenarios
+from tests.lab.matrix import Cell, _differing_backends, render, select_scenarios
 from tests.lab.mirror import Mirror, parse_uris
 from tests.lab.packages import _parse_depends
 from tests.lab.results import read_result, run_kvmprobe
@@ -184,6 +184,13 @@ def test_scenarios_tell_right_from_wrong() -> None:
         select_scenarios(["tss"])
 
 
+def test_a_kernel_gets_the_backends_that_differ_on_it() -> None:
+    kernels = {kernel.name: kernel for kernel in listed_kernels()}
+    assert _differing_backends("intel", kernels["6.12"]) == ("default",)
+    assert _differing_backends("amd", kernels["6.12"]) == ("default", "fentry", "tracepoint")
+    assert _differing_backends("amd", kernels["6.1"]) == ("default", "tracepoint")
+
+
 def test_the_clean_vm_beside_may_have_no_finding() -> None:
     (two,) = select_scenarios(["two-vms"])
     fill = finding("internal-slot-fill", "L2")
@@ -233,6 +240,16 @@ def test_a_boot_s_results_are_read_and_checked(tmp_path: Path) -> None:
     result = read_result(tmp_path, "main", list(pids), base.CHECKOUT)
     assert result.verdict == VULNERABLE
     assert result.findings("two-vms-beside") == []
+    scenarios = [each for each in SCENARIOS if each.vms[0] in pids]
+    compared = {
+        name: (wanted, found)
+        for name, wanted, found in result.compare(scenarios, "amd", VULNERABLE)
+    }
+    assert set(compared) == {*pids, "(main)"}
+    assert all(wanted == found for wanted, found in compared.values())
+    assert compared["(main)"] == ("verdict vulnerable", "verdict vulnerable")
+    fixed = {name: wanted for name, wanted, _ in result.compare(scenarios, "amd", FIXED)}
+    assert fixed["tss-shadow"] == "nothing"
     assert {each["rule"] for each in result.findings("killed")} >= {"internal-slot-fill"}
     with pytest.raises(LabError, match="VMs are in the capture"):
         read_result(tmp_path, "main", list(pids)[1:], base.CHECKOUT)
