@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from kvmprobe.analysis import judge as judge_module
-from kvmprobe.analysis.judge import Judge, Reading, Report
+from kvmprobe.analysis.detector import STEPPED
+from kvmprobe.analysis.judge import Judge, Reading, Report, further
 from kvmprobe.analysis.words import FIXED, INCONCLUSIVE, NOT_EXERCISED, VULNERABLE
-from kvmprobe.probes.schema import NO_VCPU, LifecycleChange, Type, columns
+from kvmprobe.probes.schema import EVENT, NO_VCPU, LifecycleChange, Type, columns
 from tests.streams import UNKNOWN, ev, kept, noslot, stream, vm_gone
 
 FAULT = "internal-slot"
@@ -146,3 +147,21 @@ def test_vms_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [f.vm for f in report.findings] == [7]
     assert (judge.names.get(7).pid, judge.names.get(8).pid) == (7, None)
     assert {a.vm for a in report.acquittals} == set(report.vms)
+
+
+CHANGE = ev(Type.GENERATION, vcpu=NO_VCPU, slot=-1)
+MEMORY = ev(Type.MATCH, slot=5)
+
+
+@pytest.mark.parametrize(
+    ("events", "wanted"),
+    [
+        ([QUIET], ()),
+        ([QUIET, CHANGE, vm_gone()], STEPPED),
+        ([CHANGE, MEMORY], EVENT.names),
+        ([QUIET, _lost(1)], EVENT.names),
+        ([MEMORY, _lost(1)], EVENT.names),
+    ],
+)
+def test_columns_that_will_be_needed(events: list[dict[str, Any]], wanted: tuple[str, ...]) -> None:
+    assert further(columns(stream(events))) == wanted
