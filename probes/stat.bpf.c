@@ -138,8 +138,13 @@ static __always_inline struct stat_thread *introduce(u64 vcpu, u32 tid, u32 tgid
 	return st;
 }
 
-/* A program that is given its vCPU begins here; 0: not to be counted. */
-static __always_inline struct stat_thread *arrive(u64 vcpu)
+#define ANY (~0ULL)
+
+/*
+ * A program that is given its vCPU begins here; 0: not to be counted.  `exits` and `emulated` are counters of
+ * the vCPU, ANY where they were not looked at.  One that went back is another vCPU's, of another VM.
+ */
+static __always_inline struct stat_thread *arrive(u64 vcpu, u64 exits, u64 emulated)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid();
 	u32 tid = (u32)pid_tgid;
@@ -147,12 +152,19 @@ static __always_inline struct stat_thread *arrive(u64 vcpu)
 	struct config *cfg;
 	int zero = 0;
 
-	if (st && st->vcpu == vcpu)
-		return st;
-	cfg = config.lookup(&zero);
-	if (!cfg || !cfg->on || (cfg->tgid && cfg->tgid != pid_tgid >> 32))
-		return 0;
-	return introduce(vcpu, tid, pid_tgid >> 32);
+	if (!st || st->vcpu != vcpu || exits < st->exits || emulated < st->emulated) {
+		cfg = config.lookup(&zero);
+		if (!cfg || !cfg->on || (cfg->tgid && cfg->tgid != pid_tgid >> 32))
+			return 0;
+		st = introduce(vcpu, tid, pid_tgid >> 32);
+		if (!st)
+			return 0;
+	}
+	if (exits != ANY)
+		st->exits = exits;
+	if (emulated != ANY)
+		st->emulated = emulated + 1; /* the instruction is counted later */
+	return st;
 }
 
 /* How a fault ended, by what followed it before the next fault or entry; result_of() is the same rule. */
@@ -210,7 +222,7 @@ static __always_inline void settle(struct stat_emulating *e)
 /* kvm_exit(vcpu, isa) */
 int tp_kvm_exit(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct stat_thread *st = arrive(ctx->args[0]);
+	struct stat_thread *st = arrive(ctx->args[0], ANY, ANY);
 	struct stat_emulating *e;
 	int zero = 0;
 
@@ -233,10 +245,10 @@ int tp_kvm_exit(struct bpf_raw_tracepoint_args *ctx)
 /* kvm_entry(vcpu, …) */
 int tp_kvm_entry(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct stat_thread *st = arrive(ctx->args[0]);
+	u64 exits = read_u64(ctx->args[0] + OFF_VCPU_EXITS, 0), ns = 0;
+	struct stat_thread *st = arrive(ctx->args[0], exits, ANY);
 	struct stat_key key = {};
 	struct memslots m = {};
-	u64 ns = 0;
 	u8 level;
 
 	if (!st)
@@ -274,17 +286,21 @@ int tp_kvm_emulate_insn(struct bpf_raw_tracepoint_args *ctx)
 	struct stat_emulating *e;
 	struct stat_key key = {};
 	struct stat_thread *st;
+	u64 emulated;
 	int zero = 0;
 
 	e = emulating.lookup(&zero);
 	if (!e)
 		return 0;
-	if (e->vcpu == vcpu && e->pid_tgid == pid_tgid && !(u8)ctx->args[1]) {
+	emulated = read_u64(vcpu + OFF_VCPU_INSNS, 0);
+	if (e->vcpu == vcpu && e->pid_tgid == pid_tgid && !(u8)ctx->args[1] && emulated >= e->emulated) {
+		e->emulated = emulated;
 		e->insns++;
 		return 0;
 	}
 	settle(e);
-	st = arrive(vcpu);
+	/* the second time for one instruction finds the counter as it was the first time */
+	st = arrive(vcpu, ANY, (u8)ctx->args[1] ? ANY : emulated);
 	if (!st)
 		return 0;
 	if ((u8)ctx->args[1]) {
@@ -296,6 +312,7 @@ int tp_kvm_emulate_insn(struct bpf_raw_tracepoint_args *ctx)
 	if (!st->exit_ts) {
 		e->vcpu = vcpu;
 		e->pid_tgid = pid_tgid;
+		e->emulated = emulated;
 	}
 	st->insns++;
 	if (st->fault)
@@ -393,7 +410,7 @@ int tp_check_mmio_spte(struct bpf_raw_tracepoint_args *ctx)
 /* kvm_page_fault(vcpu, address, error code) */
 int tp_kvm_page_fault(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct stat_thread *st = arrive(ctx->args[0]);
+	struct stat_thread *st = arrive(ctx->args[0], ANY, ANY);
 
 	if (!st)
 		return 0;

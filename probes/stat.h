@@ -57,6 +57,8 @@ BPF_PERCPU_ARRAY(totals, struct stat_totals, 1);
 struct stat_thread {
 	u64 vcpu;
 	u64 kvm;
+	u64 exits;       /* the vCPU's own counters when last looked at: they never go back */
+	u64 emulated;
 	u64 exit_ts;     /* ns; 0: no exit is open */
 	u64 reason;      /* of the open exit */
 	u64 insns;       /* emulated since the last entry */
@@ -88,6 +90,7 @@ BPF_ARRAY(fresh_thread, struct stat_thread, 1);
 struct stat_emulating {
 	u64 pid_tgid;
 	u64 vcpu;
+	u64 emulated; /* the vCPU's own counter */
 	u64 insns;
 };
 BPF_PERCPU_ARRAY(emulating, struct stat_emulating, 1);

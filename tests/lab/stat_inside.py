@@ -59,20 +59,22 @@ def compare(perf: Path, out: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
     )
+    # perf's own clock is not one clock where the TSC is unstable, as it is in the emulator.
+    options = ["-k", "CLOCK_MONOTONIC", "-m", "2048", "-a", "-o", str(data)]
+    recorder = subprocess.Popen([*command, "stat", "record", *options], env=environment)
+    # perf says nothing when it has begun, but makes its file when its events are open.
+    while recorder.poll() is None and not (data.exists() and data.stat().st_size):
+        time.sleep(0.2)
+    time.sleep(2)
+    # Programs of a tracepoint run in the order they came.  If kvmprobe's were first, their own work
+    # at an entry would lie within what perf takes for the exit.
     with LiveStat(worker.pid) as live:
         live.start()
-        # perf's own clock is not one clock where the TSC is unstable, as it is in the emulator.
-        options = ["-k", "CLOCK_MONOTONIC", "-m", "2048", "-a", "-o", str(data)]
-        recorder = subprocess.Popen([*command, "stat", "record", *options], env=environment)
-        # perf says nothing when it has begun, but makes its file when its events are open.
-        while recorder.poll() is None and not (data.exists() and data.stat().st_size):
-            time.sleep(0.2)
-        time.sleep(2)
         said, _ = worker.communicate("go\n")
-        recorder.send_signal(signal.SIGINT)
-        recorder.wait()
         live.stop()
         counted = live.counted()
+    recorder.send_signal(signal.SIGINT)
+    recorder.wait()
     made = tables(counted, ("level",), "count", ReasonNames.live())
     (out / "stat.json").write_text(json.dumps(document(counted, made, ("level",)), indent=1))
     (out / "stat.txt").write_text(text(counted, made, ("level",), 0, 0))

@@ -16,6 +16,8 @@ from kvmprobe.capture.session import Filters, Session
 from kvmprobe.guests.load import Mix, prepare
 from kvmprobe.guests.vmm import Machine
 from kvmprobe.probes.schema import LifecycleChange, Type, columns
+from kvmprobe.stat.live import LiveStat
+from kvmprobe.stat.model import Table
 
 VMS, AT_A_TIME = 96, 16
 MIX = Mix(mmio=3, pio=1, ram=1)
@@ -61,3 +63,13 @@ def test_each_vm_is_told_from_the_one_before(watch: bool) -> None:
     assert report.coverage.unexplained == 0
     assert not report.coverage.lost
     assert report.verdict == NOT_EXERCISED
+
+
+def test_each_vm_is_counted_by_itself() -> None:
+    with LiveStat(os.getpid()) as live:
+        live.start()
+        accesses = _churn()
+        live.stop()
+        counted = live.counted()
+    assert len(counted.vms) == VMS
+    assert counted.total(Table.MMIO) == accesses
