@@ -110,6 +110,20 @@ def test_damage_concerns_all(reading: Reading) -> None:
     assert _by_vm(report) == {1: INCONCLUSIVE, 2: INCONCLUSIVE}
 
 
+@pytest.mark.parametrize("reading", [Reading(damaged=1), Reading(unknown=1)])
+def test_what_could_not_be_read_is_not_lost_too(reading: Reading) -> None:
+    report = _report(QUIET, QUIET | {"seq": 5}, reading=reading)
+    for verdicts in (report.verdicts, report.vms[1].verdicts):
+        (missing,) = verdicts[FAULT].missing
+        assert "lost" not in missing
+
+
+def test_proof_of_the_fix_by_no_vm_is_none() -> None:
+    report = _report(kept(vm=0), QUIET)
+    assert _by_vm(report) == {1: INCONCLUSIVE}
+    assert report.vms[1].verdicts[FAULT].basis == ()
+
+
 def test_no_events_are_no_vms() -> None:
     report = _report()
     assert (report.vms, report.verdict) == ({}, INCONCLUSIVE)  # not all was attached
