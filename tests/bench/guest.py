@@ -35,7 +35,7 @@ from kvmprobe.store.writer import CaptureWriter  # noqa: E402
 from tests.bench.result import Result  # noqa: E402
 
 #: At most so many turns, and no new one after so many seconds, but three in any case.
-TURNS, ENOUGH, BUDGET = 15, 3, 150.0
+TURNS, ENOUGH, BUDGET = 15, 3, 330.0
 SECONDS = 1.0
 #: Seconds until a tool must be ready, and until it must have ended.
 PATIENCE, END = 60.0, 20.0
