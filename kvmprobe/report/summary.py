@@ -52,7 +52,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class VmRow:
-    """A VM's verdict; `faults` are those whose verdict it is, `missing` is why more isn't known."""
+    """A VM's verdict; `faults` are those whose verdict it is, `missing` is what others don't lack."""
 
     vm: str
     gone: bool
@@ -111,10 +111,13 @@ def vms(found: Gathered) -> tuple[list[VmRow], list[tuple[str, int]]]:
     reports = sorted(
         capture.vms.values(), key=lambda r: (VERDICTS.index(r.verdict), -findings[r.vm.id], r.vm.id)
     )
+    lines = {r.vm.id: [line for v in r.verdicts.values() for line in v.missing] for r in reports}
+    # What all VMs lack stands above, with the verdicts on the host.
+    shared = set.intersection(*map(set, lines.values())) if lines else set()
     rows = []
     for report in reports[:_MAX_VMS]:
         deciding = {f: v for f, v in report.verdicts.items() if v.verdict == report.verdict}
-        missing = dict.fromkeys(line for v in deciding.values() for line in v.missing)
+        missing = [line for line in dict.fromkeys(lines[report.vm.id]) if line not in shared]
         rows.append(
             VmRow(
                 vm=vm_name(report.vm),

@@ -90,11 +90,13 @@ def test_it_says_what_was_found(fault: Page) -> None:
 
 
 def test_it_says_which_vm_is_which(tmp_path: Path) -> None:
-    rows = stream([noslot(L2), ev(Type.MATCH, L1), ev(Type.MMIO, L1, vm=2, slot=-1)])
+    lost = ev(Type.LOSS, UNKNOWN, slot=-1, vm=2, vcpu=NO_VCPU, addr=3, kind=Type.FILL, len=1)
+    rows = stream([noslot(L2), ev(Type.MATCH, L1), ev(Type.MMIO, L1, vm=2, slot=-1), lost])
     text = " ".join(page_of(write(tmp_path / "c.kvmprobe", rows)).text).split()
-    first, second = " ".join(text).partition("Lost Missing")[2].partition("VM 2")[::2]
-    assert first.split()[:5] == ["VM", "1", "vulnerable", "internal-slot", "2"]
-    assert second.split()[:4] == ["inconclusive", "all", "0", "0"]
+    first, second = " ".join(text).partition("On Seen")[2].partition("VM 2")[::2]
+    assert first.strip() == "VM 1 vulnerable internal-slot 2 findings, 0 lost"
+    told = second.partition("What one VM proves")[0].strip()
+    assert told == "inconclusive all 0 findings, 3 lost; missing: lost: 3 records of FILL"
 
 
 def test_evidence_stands_in_order(fault: Page) -> None:
