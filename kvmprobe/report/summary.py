@@ -52,7 +52,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class VmRow:
-    """A VM's verdict; `faults` are those whose verdict it is, `missing` is what others don't lack."""
+    """A VM's verdict, and the faults that have it; `missing` is what others don't lack."""
 
     vm: str
     gone: bool
