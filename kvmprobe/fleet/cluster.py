@@ -37,6 +37,7 @@ def connect(scheduler: str | None, workers: int | None = None) -> Iterator[Any]:
 
     """
     try:
+        import dask
         from distributed import Client, LocalCluster
         from distributed.comm.core import CommClosedError
         from distributed.security import Security
@@ -49,6 +50,8 @@ def connect(scheduler: str | None, workers: int | None = None) -> Iterator[Any]:
     logging.getLogger("tornado").setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as opened:
         if scheduler is None:
+            # What it keeps for its dashboard, which nobody sees here, grows for an hour.
+            opened.enter_context(dask.config.set({"distributed.worker.profile.enabled": False}))
             with _ignoring_interrupts():
                 local = LocalCluster(  # type: ignore[no-untyped-call]
                     n_workers=workers or os.cpu_count() or 1,
