@@ -75,12 +75,13 @@ def _check_readable(directory: Path) -> None:
 def _list(latches: Latches) -> None:
     from kvmprobe.analysis.vms import printable
     from kvmprobe.cli.tables import columns
+    from kvmprobe.watch.latch import worst_rule
 
     rows = [
         (
             each.id,
             each.severity,
-            each.fault,
+            worst_rule(each),
             f"{each.count:,}",
             each.first,
             printable(each.vm or "-"),
@@ -88,7 +89,7 @@ def _list(latches: Latches) -> None:
         for each in latches.kept.values()
     ]
     if rows:
-        print("\n".join(columns([("ID", "SEVERITY", "FAULT", "COUNT", "FIRST", "VM"), *rows])))
+        print("\n".join(columns([("ID", "SEVERITY", "RULE", "COUNT", "FIRST", "VM"), *rows])))
     else:
         print("no finding of this boot waits to be acknowledged")
 

@@ -26,7 +26,7 @@ from kvmprobe.watch.config import Config, today
 from kvmprobe.watch.evidence import Evidence, Recent, gather
 from kvmprobe.watch.host import ended
 from kvmprobe.watch.keeper import Keeper
-from kvmprobe.watch.latch import Latches, VmKey, take_acks
+from kvmprobe.watch.latch import Latches, VmKey, take_acks, worst_rule
 from kvmprobe.watch.output import CRITICAL, ERROR, NOTICE, WARNING, Journal, Log, wall
 from kvmprobe.watch.status import Latched, replace_file
 
@@ -306,7 +306,7 @@ class Desk:
         self.keeper.do("log", lambda: self._log.write(line))
 
     def _say(self, latched: Latched, alarm: str) -> None:
-        worst = max(latched.rules, key=lambda rule: rule_of(rule).severity == latched.severity)
+        worst = worst_rule(latched)
         ignored = self.ignored(latched)
         message = (
             f"{latched.severity} finding {latched.id}: {worst}: {rule_of(worst).title}; "

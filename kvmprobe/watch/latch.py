@@ -51,6 +51,11 @@ def latch_id(boot: str, fault: str, vm: VmKey) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
+def worst_rule(latched: Latched) -> str:
+    """The rule that says most of a finding: one of its severity."""
+    return max(latched.rules, key=lambda rule: rule_of(rule).severity == latched.severity)
+
+
 class Latches:
     """The findings of this boot that nobody has acknowledged yet."""
 
