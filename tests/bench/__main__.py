@@ -53,7 +53,7 @@ PARTS = {
     "detector": Part(90),
     "analysis": Part(420),
     "compact": Part(150),
-    "importers": Part(240),
+    "importers": Part(360),
     "guest": Part(420),  # last: it takes what time there is
     "full": Part(3600, by_name=True),
 }
