@@ -108,6 +108,7 @@ class Boot:
         for name, scenarios in self.recordings.items():
             tool = _WATCHED_INSIDE if name == WATCHED else "kvmprobe"
             record = f"{tool} record{forced}"
+            told = f'|| echo "recording {name}: status $?"'
             vms = "".join(scenario.script(self.vendor) for scenario in scenarios)
             lines += [f"cat >/tmp/{name}.sh <<'END'\n{vms}END"]
             if any(scenario.seen_late for scenario in scenarios):
@@ -115,11 +116,11 @@ class Boot:
                 lines += [
                     f"{{ sh /tmp/{name}.sh; touch /tmp/over; }} &",
                     "until [ -e /tmp/ready ]; do sleep 0.2; done",
-                    f"{record} -o /out/{name}.kvmprobe -- sh -c '{watch}'",
+                    f"{record} -o /out/{name}.kvmprobe -- sh -c '{watch}' {told}",
                     "wait",
                 ]
             else:
-                lines += [f"{record} -o /out/{name}.kvmprobe -- sh /tmp/{name}.sh"]
+                lines += [f"{record} -o /out/{name}.kvmprobe -- sh /tmp/{name}.sh {told}"]
             lines += [f"kvmprobe analyze --json /out/{name}.kvmprobe >/out/{name}.json"]
         return "\n".join(lines)
 
