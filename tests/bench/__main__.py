@@ -160,7 +160,7 @@ def main(names: list[str]) -> int:
     status = 0
     end = time.monotonic() + (math.inf if names else TOTAL)
     for name in names or [name for name, part in PARTS.items() if not part.by_name]:
-        limit = min(PARTS[name].limit, end - time.monotonic())
+        limit = max(0.0, min(PARTS[name].limit, end - time.monotonic()))
         print(f"bench: {name}, at most {limit:.0f} s", file=sys.stderr, flush=True)
         failed: dict[str, str] = {}
         measured: dict[str, str] = {}
