@@ -11,7 +11,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,8 @@ class Notify:
         self._address = os.environ.get("NOTIFY_SOCKET", "")
         watchdog = os.environ.get("WATCHDOG_USEC", "")
         wanted = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self._every = int(watchdog) / 3e6 if watchdog.isdecimal() and wanted else None
+        self._watchdog = int(watchdog) if watchdog.isdecimal() and wanted else None
+        self._every = self._watchdog / 3e6 if self._watchdog is not None else None
         self._pinged = 0.0
 
     def send(self, *assignments: str) -> None:
@@ -154,6 +155,17 @@ class Notify:
     def reloading(self) -> None:
         """Say that a reload begins; READY=1 ends it."""
         self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    @contextlib.contextmanager
+    def busy(self, seconds: float) -> Iterator[None]:
+        """Let the manager wait so long for a sign of life while the context lasts."""
+        if self._watchdog is not None:
+            self.send(f"WATCHDOG_USEC={int(seconds * 1e6)}")
+        try:
+            yield
+        finally:
+            if self._watchdog is not None:
+                self.send(f"WATCHDOG_USEC={self._watchdog}")
 
     def alive(self) -> None:
         """Say that the service works, if it is time to."""

@@ -36,6 +36,8 @@ from kvmprobe.watch.status import Status
 LOOK_SECONDS = 1.0
 #: Seconds between two drains while little happens: the ring holds this much of a million a second.
 IDLE_TICK = 0.2
+#: Seconds that attaching again may take on a busy host: the unit's TimeoutStartSec.
+ATTACH_SECONDS = 120.0
 #: Seconds between two attempts to attach again.
 RETRY_SECONDS = 10.0
 #: VMs in the status at most.
@@ -210,7 +212,8 @@ class Service:
         if self._session is not None or not self._retry or now < self._retry_at:
             return
         try:
-            self._attach()
+            with self._notify.busy(ATTACH_SECONDS):
+                self._attach()
         except HostError as error:
             self._retry_at = now + RETRY_SECONDS
             if self._reason != str(error):

@@ -159,6 +159,7 @@ def test_an_acknowledged_finding_is_gone_until_it_comes_again(
     listing = ack(monkeypatch, capsys, watched.directory)
     assert latched.id in listing[1]
     assert "critical" in listing[1]
+    assert "internal-slot-hit" in listing[1]
     command = [sys.executable, "-m", "kvmprobe", "ack", latched.id, "--reason", "it is\nsettled"]
     run = subprocess.Popen(
         [*command, "--state-directory", str(watched.directory)],

@@ -134,6 +134,9 @@ def test_the_service_manager_is_told(
         notify.alive()
         notify.alive()
         assert manager.recv(4096) == b"WATCHDOG=1"
+        with notify.busy(120):
+            assert manager.recv(4096) == b"WATCHDOG_USEC=120000000"
+        assert manager.recv(4096) == b"WATCHDOG_USEC=3000000"
         notify.reloading()
         assert re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=\d+", manager.recv(4096))
     notify.send("STOPPING=1")
