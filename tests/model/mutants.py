@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import CodeType
 from typing import cast
@@ -144,14 +145,14 @@ def _in_functions(tree: ast.Module) -> Iterator[ast.AST]:
                         yield node
 
 
-def mutants(file: str, text: str) -> Iterator[Mutant]:
-    """Make every mutant of one file."""
+def mutants(file: str, text: str, every: int = 1) -> Iterator[Mutant]:
+    """Make the mutants of one file, or each N-th of them."""
     tree = ast.parse(text)
-    for node in _in_functions(tree):
-        for changed in _changes(node):
-            new = _Replace(node, changed).visit(copy.copy(_parse_again(tree, node)))
-            line = getattr(node, "lineno", 0)
-            yield Mutant(file, line, ast.unparse(node), ast.unparse(changed), ast.unparse(new))
+    changes = ((node, changed) for node in _in_functions(tree) for changed in _changes(node))
+    for node, changed in islice(changes, 0, None, every):
+        new = _Replace(node, changed).visit(copy.copy(_parse_again(tree, node)))
+        line = getattr(node, "lineno", 0)
+        yield Mutant(file, line, ast.unparse(node), ast.unparse(changed), ast.unparse(new))
 
 
 def _parse_again(tree: ast.Module, node: ast.AST) -> ast.Module:
@@ -228,15 +229,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="files whose name contains this")
-    parser.add_argument("--every", type=int, default=1, help="only each N-th mutant")
+    parser.add_argument("--every", type=int, default=1, help="only each N-th of a file")
     parser.add_argument("--list", action="store_true", help="list the mutants, try none")
     args = parser.parse_args()
     wanted = [
         mutant
         for file in FILES
         if args.only in file
-        for mutant in mutants(file, (ROOT / file).read_text(encoding="utf-8"))
-    ][:: args.every]
+        for mutant in mutants(file, (ROOT / file).read_text(encoding="utf-8"), args.every)
+    ]
     if args.list:
         print(*wanted, sep="\n")
         return 0
