@@ -92,12 +92,12 @@ def _service(*command: str, port: int, env: dict[str, str] | None = None) -> Ite
 
 @contextlib.contextmanager
 def cluster(workers: int, env: dict[str, str] | None = None) -> Iterator[tuple[str, list[int]]]:
-    """A scheduler and workers of dask, each a process: the address, and the workers' ids."""
+    """A scheduler and workers of dask: the address, and all processes, the scheduler last."""
     port = free_port()
     dask = (sys.executable, "-m", "dask")
     address = f"tcp://127.0.0.1:{port}"
     with contextlib.ExitStack() as opened:
-        opened.enter_context(
+        scheduler = opened.enter_context(
             _service(*dask, "scheduler", "--host", "127.0.0.1", "--port", str(port),
                      "--no-dashboard", port=port)
         )  # fmt: skip
@@ -109,7 +109,7 @@ def cluster(workers: int, env: dict[str, str] | None = None) -> Iterator[tuple[s
                          "--no-nanny", "--no-dashboard", "--worker-port", str(own), port=own,
                          env=env)
             ))  # fmt: skip
-        yield address, pids
+        yield address, [*pids, scheduler]
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from kvmprobe import __version__
 from kvmprobe.errors import KvmprobeError
+from kvmprobe.fleet.places import NEEDS
 
 #: Seconds until a scheduler has to answer.
 _ANSWER = 5
@@ -42,12 +43,11 @@ def connect(scheduler: str | None, workers: int | None = None) -> Iterator[Any]:
         from distributed.comm.core import CommClosedError
         from distributed.security import Security
     except ImportError as error:
-        raise KvmprobeError(
-            f"`kvmprobe fleet` needs {error.name}: pip install 'kvmprobe[fleet]'"
-        ) from None
+        raise KvmprobeError(NEEDS.format(error.name)) from None
     # What goes wrong is told by the results; its own log is for people who debug it.
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    logging.getLogger("tornado").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] in ("distributed", "tornado"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as opened:
         if scheduler is None:
             # What it keeps for its dashboard, which nobody sees here, grows for an hour.

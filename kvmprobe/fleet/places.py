@@ -14,6 +14,8 @@ from typing import Any
 
 from kvmprobe.errors import CaptureError, KvmprobeError, UsageError
 
+#: What is missing where only the core is installed.
+NEEDS = "`kvmprobe fleet` needs {}: pip install 'kvmprobe[fleet]'"
 _SUFFIXES = (".kvmprobe", ".parquet")
 #: What a file system raises for what is not there, not allowed or not reachable.
 _REFUSED = (OSError, ValueError, ImportError)
@@ -130,8 +132,10 @@ def _copy_ends(source: Any, target: Any, size: int) -> None:  # noqa: ANN401 - f
 
 def _open_place(url: str) -> tuple[Any, str]:
     """Return the file system of a path or a URL, and the path in it."""
-    import fsspec  # type: ignore[import-untyped]
-
+    try:
+        import fsspec  # type: ignore[import-untyped]
+    except ImportError:
+        raise KvmprobeError(NEEDS.format("fsspec")) from None
     kind, found, path = url.partition("://")
     try:
         # Not by url_to_fs(): to it, "::" in a name means another file system.

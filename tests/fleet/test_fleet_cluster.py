@@ -108,6 +108,19 @@ def test_a_cluster_whose_worker_dies(fleet: Path, tmp_path: Path) -> None:
     assert (process.returncode, differences(fleet, result)) == (0, []), err
 
 
+def test_a_cluster_whose_scheduler_dies(fleet: Path, tmp_path: Path) -> None:
+    result = tmp_path / "r"
+    with processes.cluster(1) as (address, pids):
+        process = processes.start("analyze", fleet, "-o", result, "--scheduler", address)
+        processes.wait_for(lambda: len(done(result)) > 2, "no host was done")
+        os.kill(pids[-1], signal.SIGKILL)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (1, "")
+    assert err == (
+        "kvmprobe: the scheduler is gone; the same command goes on where this one ended\n"
+    )
+
+
 def test_damage_is_told_and_the_rest_goes_on(fleet: Path, tmp_path: Path, cluster: str) -> None:
     place, result = tmp_path / "in", tmp_path / "r"
     names = sorted(path.name for path in fleet.iterdir() if path.is_dir())[:3]
