@@ -51,7 +51,9 @@ def test_proof_of_the_fault() -> None:
 def test_proof_of_the_fix() -> None:
     verdict = _judge(PROOF)
     assert verdict.verdict == FIXED
-    assert "1 fault" in verdict.basis[0]
+    assert verdict.basis[0].startswith("internal-slot-fill: 1 fault")
+    verdict = _judge(PROOF, PROOF, kept(vm=2))
+    assert verdict.basis[0].startswith("internal-slot-fill: 3 fault")
 
 
 def test_silence() -> None:
