@@ -98,6 +98,11 @@ def test_proof_of_the_fix_does_not_come_from_a_vm_with_losses() -> None:
     assert _by_vm(report) == {1: INCONCLUSIVE, 2: NOT_EXERCISED}
 
 
+def test_proof_of_the_fix_does_not_come_from_a_vm_with_a_gap() -> None:
+    report = _report(kept(), QUIET | {"seq": 5}, QUIET | {"vm": 2})
+    assert _by_vm(report) == {1: INCONCLUSIVE, 2: NOT_EXERCISED}
+
+
 def test_no_vm_is_fixed_on_a_kernel_shown_vulnerable() -> None:
     report = _report(kept(), noslot(vm=2), QUIET | {"vm": 3})
     assert _by_vm(report) == {1: NOT_EXERCISED, 2: VULNERABLE, 3: NOT_EXERCISED}
