@@ -22,7 +22,7 @@ from tests.lab.qemu import qemu_command
 from tests.lab.rootfs import get_root
 from tests.lab.vm import Job, Outcome, run_job
 
-_LIMIT = 3600.0
+_LIMIT = 7200.0
 #: doctor, check and verify without a watch; and the watch, with check, ack and doctor beside.
 PARTS = ("alone", "watched")
 

@@ -21,7 +21,7 @@ from tests.lab.rootfs import get_root
 from tests.lab.vm import Job, run_job
 
 _KERNEL = "6.1"
-_LIMIT = 3600.0
+_LIMIT = 7200.0
 
 
 def main() -> int:

@@ -4,8 +4,8 @@
 ln -s /opt/venv/bin/kvmprobe /usr/local/bin/kvmprobe
 cp /lab/kvmprobe-watch.service /etc/systemd/system/
 mkdir -p /etc/kvmprobe /etc/systemd/system/kvmprobe-watch.service.d
-# Only the emulator needs this: compiling takes it a minute or more.
-printf '[Service]\nTimeoutStartSec=1800\n' >/etc/systemd/system/kvmprobe-watch.service.d/lab.conf
+# Only the emulator needs this: on a busy machine compiling takes it many minutes.
+printf '[Service]\nTimeoutStartSec=infinity\n' >/etc/systemd/system/kvmprobe-watch.service.d/lab.conf
 cat >/etc/systemd/system/lab.service <<'UNIT'
 [Unit]
 After=basic.target systemd-journald.service
