@@ -64,3 +64,34 @@ def events_of_text(text: str, slots: tuple[Slot, ...] = SLOTS) -> NDArray[Any]:
 def line(at: float, name: str, text: str, *, task: str = "CPU 0/KVM-4001", cpu: int = 0) -> str:
     """One line of ftrace text."""
     return f" {task:>22}     [{cpu:03d}] d..1. {at:12.6f}: {name}: {text}\n"
+
+
+def check_real_trace(path: Path, loops: Loops) -> None:
+    """Fail unless a trace gives the same events and counts by loops and by columns."""
+    found = []
+    for way in (None, loops):
+        source = open_trace(path)
+        with source.file:
+            found.append(translated(source, (), loops=way))
+    (events, tally), (others, other_tally) = found
+    assert len(events) > 20
+    np.testing.assert_array_equal(events, others)
+    assert tally == other_tally
+
+
+def check_many_threads(loops: Loops) -> None:
+    """Fail unless many threads and vCPUs give the same events by loops and by columns."""
+    text = "".join(
+        line(
+            i, "kvm_entry", f"vcpu {i % 700}, rip 0x0", task=f"CPU {i % 700}/KVM-{4000 + i % 1400}"
+        )
+        + line(i, "kvm_mmio", "mmio write len 4 gpa 0xfee000b0 val 0x0", task=f"x-{4000 + i % 900}")
+        for i in range(3000)
+    )
+    translator = LoopTranslator((), loops)
+    (block,) = TextReader(io.BytesIO(text.encode()), Tally())
+    events = np.concatenate([translator.feed(block), translator.finish()])
+    assert len(events) > 3000
+    np.testing.assert_array_equal(events, events_of_text(text, ()))
+    again = Translator(()).feed(block)
+    assert again.tobytes() == events[: len(again)].tobytes()

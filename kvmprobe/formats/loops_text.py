@@ -13,6 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmprobe.formats import loops_numbers
+from kvmprobe.formats.loops_numbers import (
+    decimal,
+    decimal_before,
+    find,
+    hex_digit,
+    hexadecimal,
+    skip_back,
+    skip_blanks,
+)
 from kvmprobe.formats.points import TRACEPOINTS, WITNESSES
 from kvmprobe.formats.records import NO_VCPU, Point
 
@@ -26,14 +36,13 @@ _LITERAL, _HEX, _DECIMAL, _BLANKS, _WORD, _INSN, _CHOICE = range(7)
 _NOTE = 5
 _EMULATE = int(Point.EMULATE)
 _NO_VCPU = np.uint64(NO_VCPU)
-_U10, _U16 = np.uint64(10), np.uint64(16)
-_0, _4 = np.uint64(0), np.uint64(4)
+_0, _U10 = np.uint64(0), np.uint64(10)
 _NS = np.uint64(10**9)
 _NAME_MAX = 40
 _WORD_MAX = 32
 _FLAGS_MAX = 16
 _NEWLINE, _BLANK, _HASH, _ROUND_OPEN, _ROUND_CLOSE = 10, 32, 35, 40, 41
-_MINUS, _DOT, _SLASH, _COLON, _OPEN, _CLOSE, _X = 45, 46, 47, 58, 91, 93, 120
+_MINUS, _DOT, _SLASH, _COLON, _OPEN, _CLOSE = 45, 46, 47, 58, 91, 93
 #: Bits of `Counts`: which systems are evidently recorded whole.
 SYSTEMS = tuple(WITNESSES)
 
@@ -107,83 +116,6 @@ def forms() -> Forms:
         np.array(steps, np.int64),
         np.array(words, np.int64),
     )
-
-
-def decimal(a: NDArray[np.uint8], at: Number) -> tuple[Number, int, bool]:
-    """Read 1 to 16 decimal digits: the value, its end, and whether there was one."""
-    value = _0
-    end = at
-    while end < at + 16:
-        digit = int(a[end]) - 48
-        if digit < 0 or digit > 9:
-            break
-        value = value * _U10 + np.uint64(digit)
-        end += 1
-    good = end > at and not (end == at + 16 and 48 <= a[end] <= 57)
-    return value, end, good
-
-
-def hex_digit(character: int) -> int:
-    """The value of a hexadecimal digit, -1 for anything else."""
-    if 48 <= character <= 57:
-        return character - 48
-    if 97 <= character <= 102:
-        return character - 87
-    if 65 <= character <= 70:
-        return character - 55
-    return -1
-
-
-def hexadecimal(a: NDArray[np.uint8], at: Number) -> tuple[Number, int, bool]:
-    """Read 1 to 16 hexadecimal digits, with or without 0x before them."""
-    if a[at] == 48 and a[at + 1] == _X:
-        at += 2
-    value = _0
-    end = at
-    while end < at + 16:
-        digit = hex_digit(int(a[end]))
-        if digit < 0:
-            break
-        value = value << _4 | np.uint64(digit)
-        end += 1
-    return value, end, end > at and not (end == at + 16 and hex_digit(int(a[end])) >= 0)
-
-
-def decimal_before(a: NDArray[np.uint8], end: int) -> tuple[Number, int, bool]:
-    """Read 1 to 7 decimal digits that end at `end`: the value, where they begin, whether so."""
-    value, scale = _0, np.uint64(1)
-    at = end
-    while at > end - 8:
-        digit = int(a[at - 1]) - 48
-        if digit < 0 or digit > 9:
-            break
-        value += scale * np.uint64(digit)
-        scale *= _U10
-        at -= 1
-    return value, at, end - 8 < at < end
-
-
-def skip_back(a: NDArray[np.uint8], end: int, character: int) -> int:
-    """Go back from `end` over at most 8 of one character."""
-    at = end
-    while at > end - 8 and a[at - 1] == character:
-        at -= 1
-    return at
-
-
-def skip_blanks(a: NDArray[np.uint8], at: Number) -> Number:
-    """Go on over blanks."""
-    while a[at] == _BLANK:
-        at += 1
-    return at
-
-
-def find(a: NDArray[np.uint8], at: Number, character: int, furthest: int) -> Number:
-    """Find a character within `furthest` bytes; -1: not there."""
-    for i in range(at, at + furthest):
-        if a[i] == character:
-            return i
-    return -1
 
 
 def starts_with(
@@ -408,6 +340,6 @@ def ends_in_failed(a: NDArray[np.uint8], end: int) -> bool:
 
 
 HELPERS = (
-    decimal, hex_digit, hexadecimal, decimal_before, skip_back, skip_blanks, find, starts_with,
-    opcode, match, anchor, process, moment, named, called, ends_in_failed,
+    *loops_numbers.HELPERS, starts_with, opcode, match, anchor, process, moment, named, called,
+    ends_in_failed,
 )  # fmt: skip

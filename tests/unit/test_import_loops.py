@@ -15,13 +15,12 @@ import pytest
 
 from kvmprobe.formats import loops_binary, loops_events, loops_text
 from kvmprobe.formats.compiled import Loops, LoopTranslator, loops_for
-from kvmprobe.formats.detect import open_trace
 from kvmprobe.formats.ftrace import TextReader
 from kvmprobe.formats.records import Tally
 from kvmprobe.formats.translate import Translator
 from kvmprobe.probes.schema import Type
 from tests.fuzz_import import KINDS, agree, damaged
-from tests.traces import TRACES, events_of_text, line, translated
+from tests.traces import TRACES, check_many_threads, check_real_trace, line
 
 #: The loops as Python runs them.
 LOOPS = Loops(
@@ -38,15 +37,7 @@ def _numbers_that_wrap() -> Iterator[None]:
 
 @pytest.mark.parametrize("path", sorted(TRACES.rglob("*.xz")), ids=lambda path: path.name)
 def test_same_events_and_counts_of_real_traces(path: Path) -> None:
-    found = []
-    for way in (None, LOOPS):
-        source = open_trace(path)
-        with source.file:
-            found.append(translated(source, (), loops=way))
-    (events, tally), (others, other_tally) = found
-    assert len(events) > 20
-    np.testing.assert_array_equal(events, others)
-    assert tally == other_tally
+    check_real_trace(path, LOOPS)
 
 
 @pytest.mark.parametrize("kind", KINDS[:4])
@@ -56,20 +47,7 @@ def test_same_of_damaged_traces(kind: str) -> None:
 
 
 def test_many_threads_and_vcpus() -> None:
-    text = "".join(
-        line(
-            i, "kvm_entry", f"vcpu {i % 700}, rip 0x0", task=f"CPU {i % 700}/KVM-{4000 + i % 1400}"
-        )
-        + line(i, "kvm_mmio", "mmio write len 4 gpa 0xfee000b0 val 0x0", task=f"x-{4000 + i % 900}")
-        for i in range(3000)
-    )
-    translator = LoopTranslator((), LOOPS)
-    (block,) = TextReader(io.BytesIO(text.encode()), Tally())
-    events = np.concatenate([translator.feed(block), translator.finish()])
-    assert len(events) > 3000
-    np.testing.assert_array_equal(events, events_of_text(text, ()))
-    again = Translator(()).feed(block)
-    assert again.tobytes() == events[: len(again)].tobytes()
+    check_many_threads(LOOPS)
 
 
 def test_small_traces_do_without() -> None:
