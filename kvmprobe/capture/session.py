@@ -46,6 +46,8 @@ from kvmprobe.probes.schema import (
 
 #: Bytes of the ring: a quarter of a second at a million events a second; one VM gets half of it.
 RING_BYTES = 16 << 20
+#: The same where candidates alone are shipped.  A service has it mapped, twice, as long as it runs.
+WATCH_RING_BYTES = 2 << 20
 #: Bytes of the reserve, into which candidates go when the ring has no room.
 RESERVE_BYTES = 1 << 20
 #: Seconds between two drains at most.
@@ -95,7 +97,8 @@ class Session:
 
         """
         self.filters = filters
-        self._options = Options(RING_BYTES, RESERVE_BYTES, watch, flight)
+        ring_bytes = WATCH_RING_BYTES if watch else RING_BYTES
+        self._options = Options(ring_bytes, RESERVE_BYTES, watch, flight)
         self._backend = backend
         self._kernel_headers = kernel_headers
         self._program: Program | None = None
@@ -374,7 +377,7 @@ class Session:
         """
         for name in ("_btf", "_symbols"):
             self.__dict__.pop(name, None)
-        release_memory(("libLLVM", "libclang", "libbcc"))
+        release_memory(("libLLVM", "libclang", "libbcc", "libz3", "libcrypto"))
 
     def close(self) -> None:
         """Detach and free everything; safe to call at any time."""

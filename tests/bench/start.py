@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""How soon a recording sees its first event."""
+"""How soon a recording sees its first event, and what memory a watch keeps."""
 
 from __future__ import annotations
 
-import statistics
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 from kvmprobe.errors import HostError
 from kvmprobe.store.reader import CaptureReader
 from tests.bench.result import Result
+from tests.watched import Watch
 
-TURNS = 5
+TURNS, WATCHES = 5, 3
 ROOT = Path(__file__).parents[2]
 KVMPROBE = [
     *(sys.executable, "-c"),
@@ -44,6 +46,15 @@ def _help(_path: Path) -> float:
     return time.monotonic() - start
 
 
+def _resident() -> float:
+    """MiB of a watch that has attached everything and given the compiler's memory back."""
+    with tempfile.TemporaryDirectory() as directory, Watch(Path(directory)) as watch:
+        watch.watching()
+        status = Path(f"/proc/{watch.process.pid}/status").read_text(encoding="ascii")
+    (kib,) = re.findall(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(kib) / 1024
+
+
 def run() -> Result:
     """Measure on this host's live KVM; HostError where recording fails."""
     ways = {"record, to its first stored event": _first_event, "--help, to its end": _help}
@@ -55,18 +66,26 @@ def run() -> Result:
                 for name, way in ways.items():
                     with tempfile.TemporaryDirectory() as directory:
                         seconds[name].append(way(Path(directory) / "capture"))
+            resident = [_resident() for _ in range(WATCHES)]
         finally:
             guest.terminate()
-    record, usage = (statistics.median(times) for times in seconds.values())
+    record, usage = (median(times) for times in seconds.values())
     return Result(
         "Start",
         "From the start of the process, with the load guest running at 2,000 accesses a second all "
         f"the time, {TURNS} turns.",
-        ("what", "seconds, turn by turn", "median"),
+        ("what", "turn by turn", "median"),
         [
-            (name, ", ".join(f"{s:.2f}" for s in times), f"{statistics.median(times):.2f}")
-            for name, times in seconds.items()
+            *(
+                (f"{name}, s", ", ".join(f"{s:.2f}" for s in times), f"{median(times):.2f}")
+                for name, times in seconds.items()
+            ),
+            (
+                "watch, resident once attached, MiB",
+                ", ".join(f"{mib:.0f}" for mib in resident),
+                f"{median(resident):.0f}",
+            ),
         ],
         f"record sees its first event after {record:.2f} s (wanted: 1), --help takes {usage:.2f} s "
-        "(wanted: 0.2)",
+        f"(wanted: 0.2), watch keeps {median(resident):.0f} MiB (wanted: under 100 MB)",
     )
