@@ -13,11 +13,11 @@ CAPTURE := tests/data/golden/lab-6.1-intel.kvmprobe
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint types unit model live browser docs packaging deb lab \
-	soak shots coverage bench lock install uninstall clean
+.PHONY: help setup demo test check lint types unit model fleet live browser docs packaging deb lab \
+	soak shots coverage bench bench-full lock install uninstall clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 setup: ## Install missing Debian packages (asks sudo), make .venv with everything in it
 	@tools/setup
@@ -25,7 +25,7 @@ setup: ## Install missing Debian packages (asks sudo), make .venv with everythin
 demo: setup ## Record this host's KVM with a tiny guest as the load, then analyze; then a real capture with the fault
 	@tools/demo $(CAPTURE)
 
-test: setup unit model live browser docs packaging ## Run all tests (live ones as root: asks sudo)
+test: setup unit model fleet live browser docs packaging ## Run all tests (live ones as root: asks sudo)
 
 check: lint types unit ## Lint, types and unit tests: what to run before a commit, within 3 minutes
 
@@ -42,6 +42,9 @@ unit: setup ## Run the tests that need neither root nor KVM
 
 model: setup ## Hold the detector against a reference model of KVM's MMIO cache
 	@tools/stage model $(RUN) pytest -rfEs tests/model tests/lab/test_lab_parts.py
+
+fleet: setup ## Analyze made-up fleets on real workers and schedulers; one is killed
+	@tools/stage fleet $(RUN) pytest -rfEs tests/fleet
 
 live: setup ## Run the tests that record this machine's KVM (as root: asks sudo)
 	@tools/stage live tools/live
@@ -79,8 +82,11 @@ shots: setup ## Make the screenshots of the report in docs/shots
 coverage: setup ## Run the unit tests and show which lines they leave out
 	@$(RUN) pytest --cov tests/unit
 
-bench: setup ## Measure drain, detector and start-up on this machine (as root: asks sudo)
-	@tools/as root $(BIN)/python tests/bench
+bench: setup ## Measure this machine and the peers, PART= or all, within 20 minutes (as root: asks sudo)
+	@tools/as root $(BIN)/python -m tests.bench $(PART)
+
+bench-full: setup ## Measure 10^9 events: 40 GB of disk, 20 minutes and more (as root: asks sudo)
+	@tools/as root $(BIN)/python -m tests.bench full
 
 lock: setup ## Write the locks anew; ARGS=--upgrade takes the newest versions
 	@tools/as user tools/lock $(ARGS)

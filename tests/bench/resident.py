@@ -76,5 +76,5 @@ def run() -> Result:
             (name, f"{medians[name][0]:.1f}", f"{medians[name][1]:.1f}", f"{max(seen)[0]:.1f}")
             for name, seen in looks.items()
         ],
-        f"{whole - rings:.0f} MB of its own (wanted: under 100), {whole:.0f} MB with the rings",
+        f"{whole:.0f} MB (wanted: under 100), {rings:.0f} MB of them the rings",
     )

@@ -22,7 +22,7 @@ GOLDEN = ROOT / "tests/data/golden/intel-6.1-tss.kvmprobe"
 KVMPROBE = (sys.executable, "-c", "from kvmprobe.cli.main import main; main()")
 COMMANDS = (
     *("record", "analyze", "info", "import", "export", "rules", "doctor"),
-    *("watch", "ack", "stat", "report"),
+    *("watch", "ack", "stat", "report", "fleet"),
 )
 #: Their usage errors end with 3, what monitoring plugins call unknown.
 PLUGINS = ("verify", "check")

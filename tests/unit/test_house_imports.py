@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     *("record", "analyze", "info", "import", "export", "rules", "doctor"),
-    *("verify", "check", "watch", "ack", "stat", "report"),
+    *("verify", "check", "watch", "ack", "stat", "report", "fleet"),
 )
-HEAVY = ("bcc", "jinja2", "numba", "pandas", "prometheus_client", "pyarrow")
+HEAVY = ("bcc", "distributed", "jinja2", "numba", "pandas", "prometheus_client", "pyarrow")
 
 PROGRAM = """
 import json, sys
