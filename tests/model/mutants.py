@@ -186,7 +186,9 @@ def _suite(mutant: Mutant | None, stage: tuple[str, ...], said: str) -> None:
             # A shared place is refused, so nothing is kept: numba would take one for another.
             os.environ |= {"KVMPROBE_NO_JIT": "0", "CACHE_DIRECTORY": tempfile.gettempdir()}
         _Mutated.mutant = mutant
-        found = importlib.machinery.FileFinder.path_hook((_Mutated, [".py"]))
+        machinery = importlib.machinery
+        extensions = machinery.ExtensionFileLoader, machinery.EXTENSION_SUFFIXES
+        found = machinery.FileFinder.path_hook(extensions, (_Mutated, [".py"]))
         sys.path_hooks.insert(0, found)
         sys.path_importer_cache.clear()
     os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *stage]))

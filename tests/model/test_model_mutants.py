@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from tests.model.mutants import ENVIRONMENT, FILES, ROOT, mutants, noticed
+from tests.model.mutants import ENVIRONMENT, FILES, ROOT, Mutant, mutants, noticed
 
 #: (file, what stands there, what the mutant says instead)
 FIXED = (
@@ -32,6 +32,14 @@ def test_suite_notices(file: str, before: str, after: str) -> None:
     found = [m for m in mutants(file, text) if (m.before, m.after) == (before, after)]
     assert found, f"{before} isn't in {file} any more: choose another mutant"
     assert noticed(found[0]) is not None
+
+
+def test_nothing_changed_is_not_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a file's own tests: what is imported late is found too."""
+    monkeypatch.setattr("tests.model.mutants.STAGES", ())
+    file = "analysis/integrity.py"
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert noticed(Mutant(file, 1, "nothing", "nothing", text)) is None
 
 
 def test_every_file_has_mutants_that_parse() -> None:
