@@ -170,6 +170,28 @@ def test_many_vms_take_the_other_way_to_sort() -> None:
     assert (found.missing, found.anomaly_counts) == (3, {})
 
 
+def test_keys_of_16_bits_are_not_too_many() -> None:
+    """Three VMs with 32768 vCPU ids each just don't fit."""
+    events = [e for vm in (1, 2, 3) for e in _seqs(0, 1, vm=vm, vcpu=0x7FFF)]
+    found = _follow(stream(interleave([events[:2], events[2:4], events[4:]], 5)))
+    assert (found.missing, found.anomaly_counts) == (0, {})
+
+
+def test_gaps_all_of_one_size_are_gaps() -> None:
+    assert _follow(stream(_seqs(0, 1, 3, 5)), [1]).missing == 2
+
+
+def test_losses_of_a_vm_account_for_its_gaps() -> None:
+    found = _follow(stream([*_seqs(0, 11), *_seqs(0, 3, vm=2), _loss(Type.FILL, 4, vm=1)]))
+    assert (found.unexplained, found.unexplained_in(1), found.unexplained_in(2)) == (8, 6, 2)
+
+
+def test_vms_are_met_without_a_vcpu() -> None:
+    change = ev(Type.GENERATION, vm=2, vcpu=0xFFFF, slot=-1)
+    found = _follow(stream([*_seqs(0), change, _loss(Type.FILL, 1)]))
+    assert list(found.vms) == [0, 2, 1]
+
+
 def test_ends_free_memory() -> None:
     integrity = Integrity()
     for vm in range(1, 300):
