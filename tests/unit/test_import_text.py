@@ -121,6 +121,23 @@ def test_a_line_without_end_is_skipped_in_bounded_memory() -> None:
     assert (len(records), tally.unknown) == (2, 1)
 
 
+def test_a_skipped_line_may_end_where_a_read_ends() -> None:
+    entry = line(1, "kvm_entry", "vcpu 0, rip 0x0")
+    pieces = iter([entry.encode(), b"x" * (5 << 20), b"x\n", entry.encode()])
+
+    class Pieces:
+        rest = b""
+
+        def read(self, size: int, /) -> bytes:
+            self.rest = self.rest or next(pieces, b"")
+            data, self.rest = self.rest[:size], self.rest[size:]
+            return data
+
+    tally = Tally()
+    records = [len(block.records) for block in TextReader(Pieces(), tally)]
+    assert (sum(records), tally.unknown) == (2, 1)
+
+
 def test_last_line_cut_in_a_number_is_not_read() -> None:
     records, tally = records_of(line(1, "kvm_mmu_spte_requested", "gfn 180 pfn 379cc level 1")[:-9])
     assert (len(records), tally.unknown) == (0, 1)
