@@ -26,7 +26,7 @@ PROGRAM = "import sys; from kvmprobe.cli.main import main; sys.argv[0] = 'kvmpro
 
 def leaves(group: Any, before: str = "") -> dict[str, Any]:  # noqa: ANN401
     """Every command by its name; those of a group by both names."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, command in group.commands.items():
         below = hasattr(command, "commands")
         found |= leaves(command, f"{before}{name} ") if below else {before + name: command}
