@@ -223,6 +223,13 @@ static __always_inline struct vcpu_state *known_vcpu(u64 vcpu, u64 pid_tgid)
 #define NOT_WANTED 1 /* filtered out */
 #define UNKNOWN 2    /* introduce the vCPU, then run the program again */
 
+/* fentry's program at the fault has introduce() in it too: KVM's statistics have no room on its stack. */
+#ifdef WITH_FENTRY
+#define READ_STAT_AT_ONCE(site) ((site) != KVMPROBE_AT_PAGE_FAULT)
+#else
+#define READ_STAT_AT_ONCE(site) 1
+#endif
+
 /*
  * A program that is given its vCPU begins here: it binds thread and vCPU, tells a new vCPU at an old
  * address from the old one, and reports what changed since the last arrival.  What happens rarely and
@@ -235,8 +242,7 @@ static __always_inline int arrive(struct now *n, u64 vcpu, u8 site, int emulatin
 	u32 tid = (u32)pid_tgid, tgid = pid_tgid >> 32, before, flags;
 	struct config *cfg = get_config();
 	struct vcpu_state *st;
-	u64 stat[SIZE_VCPU_STAT / 8]; /* from exits to guest_mode, in one read */
-	u64 kvm, exits, insns;
+	u64 kvm, exits, insns, guest_mode;
 
 	if (!cfg || !cfg->on || (cfg->tgid && cfg->tgid != tgid))
 		return NOT_WANTED;
@@ -250,16 +256,25 @@ static __always_inline int arrive(struct now *n, u64 vcpu, u8 site, int emulatin
 	kvm = st->kvm;
 	if (!(emulating ? st->insns : st->exits))
 		kvm = read_u64(vcpu + OFF_VCPU_KVM, &n->failed);
-	note(&n->failed, bpf_probe_read_kernel(stat, sizeof(stat), (void *)(vcpu + OFF_VCPU_STAT)));
-	exits = stat[(OFF_VCPU_EXITS - OFF_VCPU_STAT) / 8];
-	insns = stat[(OFF_VCPU_INSNS - OFF_VCPU_STAT) / 8];
+	if (READ_STAT_AT_ONCE(site)) {
+		u64 stat[SIZE_VCPU_STAT / 8]; /* from exits to guest_mode */
+
+		note(&n->failed, bpf_probe_read_kernel(stat, sizeof(stat), (void *)(vcpu + OFF_VCPU_STAT)));
+		exits = stat[(OFF_VCPU_EXITS - OFF_VCPU_STAT) / 8];
+		insns = stat[(OFF_VCPU_INSNS - OFF_VCPU_STAT) / 8];
+		guest_mode = stat[(OFF_VCPU_GUEST_MODE - OFF_VCPU_STAT) / 8];
+	} else {
+		exits = read_u64(vcpu + OFF_VCPU_EXITS, &n->failed);
+		insns = read_u64(vcpu + OFF_VCPU_INSNS, &n->failed);
+		guest_mode = read_u64(vcpu + OFF_VCPU_GUEST_MODE, &n->failed);
+	}
 	/* KVM's counters of one vCPU never go back; insn_emulation is counted after this tracepoint, so
 	 * it also never stands still from one instruction to the next. */
 	st->replaced = st->kvm != kvm || st->tgid != tgid || exits < st->exits ||
 		       (emulating && st->insns > insns);
 	if (st->replaced || st->tid != tid)
 		return UNKNOWN;
-	flags = make_flags(vcpu, stat[(OFF_VCPU_GUEST_MODE - OFF_VCPU_STAT) / 8], &n->failed);
+	flags = make_flags(vcpu, guest_mode, &n->failed);
 	n->vcpu = vcpu;
 	read_now(n, kvm, flags);
 	before = st->flags;
