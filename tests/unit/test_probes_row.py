@@ -20,6 +20,7 @@ _SOURCE = """
 typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32; typedef uint64_t u64;
 typedef int16_t s16;
 #include "{header}"
+#undef __always_inline
 #define __always_inline inline
 #define OFF_VCPU_PF_TAKEN 0
 {structs}
@@ -54,9 +55,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if gcc is None:
         pytest.skip("no C compiler: install gcc")
     state, faults = ((HERE / name).read_text() for name in ("state.h", "faults.bpf.c"))
-    wanted = r"^struct (?:mmio_cache|slot_memo|vcpu_state) \{.*?^\};"
+    wanted = r"^struct (?:mmio_cache|open_calls|slot_memo|vcpu_state) \{.*?^\};"
     structs = re.findall(wanted, state, re.M | re.S)
-    assert len(structs) == 3
+    assert len(structs) == 4
     function = re.search(r"^#define ROW_LENGTH.*?^\}", faults, re.M | re.S)
     assert function is not None
     place = tmp_path_factory.mktemp("row")
