@@ -58,7 +58,7 @@ def wait_for(what: Callable[[], object], why: str) -> None:
     while not what():
         if time.monotonic() > end:
             raise TimeoutError(why)
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def free_port() -> int:
