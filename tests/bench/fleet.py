@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """`python -m tests.bench.fleet FOLDER`: simulate a fleet, analyse it, compare with its truth.
 
-Prints a line a step, for docs/fleet.md.  Steps: scale (one and two workers, memory), kill (a worker
-dies in the middle), cluster (a scheduler and workers as processes), s3 (a store on loopback; needs
---moto, the path of moto's server in an environment of its own).
+Prints a line a step, for docs/fleet.md.  Steps: one, two (workers, and their memory), kill (a
+worker dies in the middle), cluster (a scheduler and workers as processes), s3 (a store on loopback;
+needs --moto, the path of moto's server in an environment of its own).
 """
 
 from __future__ import annotations
