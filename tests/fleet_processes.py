@@ -22,7 +22,9 @@ _PATIENCE = 120
 
 def start(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Start `kvmprobe fleet` with these arguments."""
-    command = (sys.executable, "-m", "kvmprobe", "fleet", *map(str, arguments))
+    # Whoever runs the tests in the background ignores SIGINT, and would hand that down.
+    listening = ("env", "--default-signal=INT")
+    command = (*listening, sys.executable, "-m", "kvmprobe", "fleet", *map(str, arguments))
     return subprocess.Popen(
         command,
         cwd=ROOT,
