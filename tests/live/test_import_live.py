@@ -151,5 +151,6 @@ def test_the_events_are_those_of_our_own_recording(traced: Traced) -> None:
         assert len(ours) > 100
         for column in columns:
             np.testing.assert_array_equal(theirs[column], ours[column], err_msg=column)
-        # Both clocks are CLOCK_MONOTONIC; ours is read after the tracepoint, theirs is cut to us.
-        assert (theirs["ts"] <= ours["ts"]).all()
+        # Both clocks are CLOCK_MONOTONIC; who is asked first, and how ftrace rounds, says nothing.
+        apart = theirs["ts"].astype(np.int64) - ours["ts"].astype(np.int64)
+        assert abs(np.median(apart)) < 1_000_000

@@ -37,6 +37,7 @@ def test_thousands_of_short_lived_vms(tmp_path: Path) -> None:
         assert status.findings == ()
         # A VM at the place of one before it is no gap in that one's records.
         assert not [m for v in status.verdicts.values() for m in v.missing]
-        assert used[-1] - used[1] < GROWTH
+        # Thousands of VMs leave a little: names and tables that grew; a soak has few.
+        assert used[-1] - used[1] < 2 * GROWTH
         watch.signal(signal.SIGTERM)
         assert watch.end()[0] == 0
