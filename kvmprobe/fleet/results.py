@@ -9,9 +9,7 @@ hosts.parquet, verdicts.parquet, findings.parquet, losses.parquet
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +17,7 @@ from typing import Any, Self
 from kvmprobe import __version__
 from kvmprobe.errors import CaptureError, KvmprobeError
 from kvmprobe.fleet.host import FORMAT, Host, empty_result
+from kvmprobe.store import lock
 from kvmprobe.store.files import create_output
 
 SCHEMA = "kvmprobe.fleet/1"
@@ -39,24 +38,20 @@ class Results:
         self.folder = folder
         try:
             there = [name.name for name in folder.iterdir()] if folder.exists() else []
-            if there and ".lock" not in there:
+            if there and lock.NAME not in there:
                 raise KvmprobeError(f"{folder} is no result of kvmprobe fleet; name another folder")
             (folder / _HOSTS).mkdir(mode=0o700, parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._lock = os.open(folder / ".lock", flags, 0o600)
+            self._lock = lock.DirectoryLock(folder)
+        except BlockingIOError:
+            raise KvmprobeError(f"another kvmprobe fleet writes to {folder}") from None
         except OSError as error:
             raise KvmprobeError(f"can't use the folder {folder}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise KvmprobeError(f"another kvmprobe fleet writes to {folder}") from None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+        self._lock.close()
 
     def load(self, host_id: str) -> dict[str, Any] | None:
         """Return a host's result of this or an earlier run; None: there is none that counts."""

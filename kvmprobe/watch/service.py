@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,11 +22,11 @@ from kvmprobe.capture.plan import Row
 from kvmprobe.capture.session import MAX_TICK, Filters, Session
 from kvmprobe.errors import HostError, KvmprobeError
 from kvmprobe.probes.schema import EVENT, rows
+from kvmprobe.store.lock import DirectoryLock
 from kvmprobe.watch import status as statuses
 from kvmprobe.watch.config import FIXED, Config, ConfigError, parse_listen, today
 from kvmprobe.watch.desk import Desk
 from kvmprobe.watch.host import kvm_modules
-from kvmprobe.watch.lock import DirectoryLock
 from kvmprobe.watch.metrics import MetricsServer, Numbers
 from kvmprobe.watch.output import ERROR, INFO, NOTICE, WARNING, Journal, Notify, wall
 from kvmprobe.watch.signals import Wishes
@@ -100,10 +101,8 @@ class Service:
         """
         config = self._config
         with ExitStack() as stack:
-            state = DirectoryLock(config.state_directory, 0o700, "--state-directory")
-            stack.enter_context(state)
-            runtime = DirectoryLock(config.runtime_directory, 0o755, "--runtime-directory")
-            stack.enter_context(runtime)
+            stack.enter_context(_own(config.state_directory, 0o700, "--state-directory"))
+            stack.enter_context(_own(config.runtime_directory, 0o755, "--runtime-directory"))
             self._desk = Desk(config, self._boot, self._journal)
             stack.callback(self._desk.keeper.close, _KEEPER_SECONDS)
             self._wishes = stack.enter_context(Wishes())
@@ -332,3 +331,16 @@ class Service:
     def _remove_status(self) -> None:
         directory = self._config.runtime_directory
         (directory / statuses.FILE_NAME).unlink(missing_ok=True)
+
+
+def _own(path: Path, mode: int, option: str) -> DirectoryLock:
+    """Make a directory if it doesn't exist, and lock it; raises HostError."""
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        return DirectoryLock(path)
+    except BlockingIOError:
+        raise HostError(
+            f"another kvmprobe watch uses {path}; stop it, or give this one another {option}"
+        ) from None
+    except OSError as error:
+        raise HostError(f"can't use the directory {path}: {error.strerror}") from None
