@@ -1,18 +1,8 @@
 // SPDX-License-Identifier: MIT
 "use strict";
-// Chooses the colours and filters the hosts. Everything is there without it.
+// Filters the hosts. Everything is there without it.
 (() => {
-  const root = document.documentElement;
   const byId = (id) => document.getElementById(id);
-  root.classList.add("script");
-
-  const themes = ["auto", "light", "dark"];
-  byId("theme").addEventListener("click", () => {
-    const next = themes[(themes.indexOf(root.dataset.theme ?? "auto") + 1) % 3];
-    if (next === "auto") delete root.dataset.theme; else root.dataset.theme = next;
-    byId("theme").textContent = `Colours: ${next}`;
-    byId("theme").setAttribute("aria-label", `Colours: ${next === "auto" ? "as the system" : next}`);
-  });
 
   const hosts = [...document.querySelectorAll(".host, #others tbody tr")]
     .map((element) => ({ element, text: element.textContent.toLowerCase() }));

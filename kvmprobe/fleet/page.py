@@ -72,11 +72,9 @@ def render(folder: Path) -> Iterator[str]:
         key=lambda h: (VERDICTS.index(h["verdict"]), -h["findings"], h["host"], h["id"]),
     )
     cards, others = _cards(folder, hosts)
-    script = (_HERE / "fleet.js").read_text(encoding="utf-8")
-    style = "".join(
-        path.read_text(encoding="utf-8")
-        for path in (Path(single.__file__).parent / "report.css", _HERE / "fleet.css")
-    )
+    common = Path(single.__file__).parent
+    script = single.joined(common / "page.js", _HERE / "fleet.js")
+    style = single.joined(common / "report.css", _HERE / "fleet.css")
     faults = {**summary["faults"], "the worst of all": summary["verdicts"]}
     return (
         single.templates(_HERE)

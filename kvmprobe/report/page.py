@@ -32,8 +32,8 @@ def render(found: Gathered) -> Iterator[str]:
     Everything that comes from the capture is escaped for a reader's eyes (nothing invisible) and
     then for HTML.
     """
-    script = (_HERE / "report.js").read_text(encoding="utf-8")
-    style = (_HERE / "report.css").read_text(encoding="utf-8")
+    script = joined(_HERE / "page.js", _HERE / "report.js")
+    style = joined(_HERE / "report.css")
     groups = rule_groups(found)
     return (
         templates(_HERE)
@@ -53,6 +53,11 @@ def render(found: Gathered) -> Iterator[str]:
             plan=plan(found),
         )
     )
+
+
+def joined(*paths: Path) -> str:
+    """Return our own scripts, or styles, as one."""
+    return "".join(path.read_text(encoding="utf-8") for path in paths)
 
 
 def templates(folder: Path) -> Environment:

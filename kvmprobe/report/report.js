@@ -3,9 +3,7 @@
 // Draws the timeline and the rates. Text from the capture only ever becomes text nodes.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const root = document.documentElement;
   const byId = (id) => document.getElementById(id);
-  root.classList.add("script");
 
   const WHO = ["nothing", "a page filled by L1", "a page filled by L2", "a page filled in SMM", "a page (filler unknown)"];
   const LEVELS = ["L1", "L2", "SMM", "an unknown level"];
@@ -398,13 +396,6 @@
   board.addEventListener("pointercancel", up);
 
   // ---- the page ----------------------------------------------------------------------------
-  const themes = ["auto", "light", "dark"];
-  byId("theme").addEventListener("click", () => {
-    const next = themes[(themes.indexOf(root.dataset.theme ?? "auto") + 1) % 3];
-    if (next === "auto") delete root.dataset.theme; else root.dataset.theme = next;
-    byId("theme").textContent = `Colours: ${next}`;
-    byId("theme").setAttribute("aria-label", `Colours: ${next === "auto" ? "as the system" : next}`);
-  });
   byId("honest").textContent = `Drawn in steps of ${duration(data.lanes.width)}; a step shows everything that was true in it, so no finding, match or loss is left out.`
     + (data.lanes.undrawn ? ` ${number(data.lanes.undrawn)} more vCPUs, the least busy without a finding, have no lane.` : "");
   addEventListener("resize", soon);
