@@ -6,16 +6,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kvmprobe.cli.main import main
 from kvmprobe.cli.record import parse_size
 from kvmprobe.errors import UsageError
+from tests.commands import Call
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/data/golden/intel-6.1-tss.kvmprobe"
@@ -26,22 +25,6 @@ COMMANDS = (
 )
 #: Their usage errors end with 3, what monitoring plugins call unknown.
 PLUGINS = ("verify", "check")
-
-#: Call the command in this process: (status, stdout, stderr).
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kvmprobe", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        assert end.value.code is None or isinstance(end.value.code, int)
-        return end.value.code or 0, out, err
-
-    return run
 
 
 def one_line(answer: tuple[int, str, str], status: int) -> str:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import resource
 import stat
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +21,16 @@ from kvmprobe.analysis.detector import STEPPED
 from kvmprobe.analysis.judge import COLUMNS, further
 from kvmprobe.analysis.run import Screening, analyze
 from kvmprobe.cli.compact import compact
-from kvmprobe.cli.main import main
 from kvmprobe.errors import CaptureError
 from kvmprobe.probes.schema import EVENT, NO_VCPU, Type, rows
 from kvmprobe.store.reader import CaptureReader
 from tests.bench.events import stream
+from tests.commands import Call
 from tests.exports import any_events, events_of, header_of, write
 
 ROOT = Path(__file__).parents[2]
 GOLDENS = sorted((ROOT / "tests/data/golden").glob("*.kvmprobe"))
 GOLDEN = ROOT / "tests/data/golden/lab-6.1-intel.kvmprobe"
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kvmprobe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        assert end.value.code is None or isinstance(end.value.code, int)
-        return end.value.code or 0, out, err
-
-    return run
 
 
 def document(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import resource
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 
-from kvmprobe.cli.main import main
 from kvmprobe.formats.export import FORMATS, export_stream
 from kvmprobe.probes.schema import EVENT, NO_VCPU, Flag, LossCause, Site, Type
 from kvmprobe.store.reader import CaptureReader
 from tests.bench.events import stream
+from tests.commands import Call
 from tests.exports import START, analysis_of, any_events, events_of, header_of, write
 
 ROOT = Path(__file__).parents[2]
@@ -32,20 +32,11 @@ GOLDEN = ROOT / "tests/data/golden/intel-6.1-tss.kvmprobe"
 ENDINGS = {name: endings[0] for name, endings in FORMATS.items()}
 KVMPROBE = (sys.executable, "-m", "kvmprobe")
 
-Call = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kvmprobe", "export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        assert end.value.code is None or isinstance(end.value.code, int)
-        return end.value.code or 0, out, err
-
-    return run
+def call(call: Call) -> Call:
+    """Run `kvmprobe export`."""
+    return partial(call, "export")
 
 
 def as_said(event: np.void, start: int) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,17 @@ import jsonschema
 import numpy as np
 import pytest
 
-from kvmprobe.cli.main import main
 from kvmprobe.stat.histogram import BUCKETS, Times
 from kvmprobe.stat.model import REASON_UNKNOWN, Counted, Key, Result, Table, VmInfo
 from kvmprobe.stat.reasons import ReasonNames
 from kvmprobe.stat.render import csv_text, document, interval_head, interval_line, short_time, text
 from kvmprobe.stat.tables import shapes, tables
+from tests.commands import Call
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/data/golden/lab-6.1-amd-all.kvmprobe"
 SCHEMA: dict[str, Any] = json.loads((ROOT / "kvmprobe/stat/schema/stat-1.json").read_bytes())
 
-#: Call `kvmprobe stat` in this process: status, stdout, stderr.
-Run = Callable[..., tuple[int, str, str]]
 #: As the print fmt of kvm_exit reads, shortened.
 FORMAT = (
     'print fmt: "…", (REC->isa == 1) ? __print_symbolic(REC->exit_reason & 0xffff, '
@@ -176,15 +173,9 @@ def test_short_times(ns: float, said: str) -> None:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kvmprobe", "stat", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return call
+def run(call: Call) -> Call:
+    """Run `kvmprobe stat`."""
+    return partial(call, "stat")
 
 
 @pytest.mark.parametrize(
@@ -200,20 +191,20 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
         (["--vm", "a", "-p", "1"], "exclude each other"),
     ],
 )
-def test_wrong_arguments(run: Run, arguments: list[str], says: str) -> None:
+def test_wrong_arguments(run: Call, arguments: list[str], says: str) -> None:
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert says in err
     assert err.count("\n") == 1
 
 
-def test_an_empty_file_is_no_capture(run: Run, tmp_path: Path) -> None:
+def test_an_empty_file_is_no_capture(run: Call, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     status, out, err = run(str(tmp_path / "empty"))
     assert (status, out, err.count("\n")) == (1, "", 1)
 
 
-def test_a_capture_on_the_command_line(run: Run) -> None:
+def test_a_capture_on_the_command_line(run: Call) -> None:
     status, out, err = run(str(GOLDEN), "--by", "level", "--top", "1")
     assert (status, err) == (0, "")
     assert "hit by  filled by  memory  count" in out
